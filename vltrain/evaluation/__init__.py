@@ -1,0 +1,1 @@
+"""Around the answer: generation and metrics."""

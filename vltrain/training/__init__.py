@@ -1,0 +1,1 @@
+"""Around the loop: trainer, callbacks, the run directory."""

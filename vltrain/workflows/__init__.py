@@ -1,0 +1,1 @@
+"""One module per thing a user wants done; the only place where data meets models."""
