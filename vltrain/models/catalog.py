@@ -1,0 +1,85 @@
+"""The model families, and the lookup by what a checkpoint's `config.json` says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vltrain.errors import VltrainError
+from vltrain.models.family import Family, Parts
+from vltrain.models.qwen_vl.configuration import QwenVLConfig
+from vltrain.models.qwen_vl.modeling import QwenVLForConditionalGeneration
+from vltrain.models.qwen_vl.processing import processor_from_folder
+
+QWEN_VL = Family(
+    name="Qwen-VL v1",
+    model_types=("qwen", "qwen_vl"),
+    accepts=lambda config: "visual" in config,  # the text-only Qwen has no such section
+    read_config=QwenVLConfig.from_published,
+    model_class=QwenVLForConditionalGeneration,
+    read_processor=processor_from_folder,
+    parts=Parts(
+        vision=("transformer.visual",),
+        projector=(
+            "transformer.visual.attn_pool",
+            "transformer.visual.ln_post",
+            "transformer.visual.proj",
+        ),
+        language=("transformer", "lm_head"),
+    ),
+    default_projector=("transformer.visual.attn_pool",),
+    lora_targets=("c_attn", "attn.c_proj", "w1", "w2"),
+    embeddings=("transformer.wte", "lm_head"),
+    constants=("transformer.visual.attn_pool.pos_embed",),
+)
+
+FAMILIES = (QWEN_VL,)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        VltrainError: the file is missing, broken or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VltrainError.at(
+            str(path),
+            what="there is no such file",
+            fix="give the folder of a whole checkpoint: config.json, weights, tokenizer",
+        ) from None
+    except ValueError as error:
+        raise VltrainError.at(
+            str(path), what=f"not valid JSON ({error})", fix="download the file again"
+        ) from error
+    if not isinstance(values, dict):
+        raise VltrainError.at(
+            str(path), what="holds no JSON object", fix="download the file again"
+        )
+    return values
+
+
+def family_of(folder: Path) -> Family:
+    """The family a checkpoint belongs to, told by its `config.json`.
+
+    Raises:
+        VltrainError: no config, or one of a model that vltrain does not train.
+    """
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types and family.accepts(config):
+            return family
+    known = ", ".join(f"{family.name} ({' / '.join(family.model_types)})" for family in FAMILIES)
+    raise VltrainError.at(
+        str(folder / "config.json"),
+        what=f"model_type {model_type!r} with the sections {sorted(config)} is no family known here",
+        fix=f"use a model of {known}; Qwen-VL v1 has a `visual` section, text-only Qwen has none",
+    )
+
+
+def is_chat_tuned(folder: Path) -> bool:
+    """Whether a checkpoint was tuned to chat: its generation_config.json names a chat_format."""
+    path = folder / "generation_config.json"
+    return path.is_file() and read_json(path).get("chat_format") == "chatml"

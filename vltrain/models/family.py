@@ -1,0 +1,57 @@
+"""What differs between model families, as one frozen value."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Part = Literal["vision", "projector", "language"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a model lie: prefixes of parameter names. The longest match wins."""
+
+    vision: tuple[str, ...]
+    projector: tuple[str, ...]
+    language: tuple[str, ...]
+
+    def of(self, parameter: str) -> Part:
+        """The part a parameter belongs to.
+
+        Raises:
+            KeyError: no prefix fits; the family's value is wrong.
+        """
+        sizes: dict[Part, int] = {}
+        for part in ("vision", "projector", "language"):
+            fitting = [p for p in getattr(self, part) if has_prefix(parameter, p)]
+            if fitting:
+                sizes[part] = max(map(len, fitting))
+        if not sizes:
+            raise KeyError(parameter)
+        return max(sizes, key=lambda part: sizes[part])
+
+
+def has_prefix(name: str, prefix: str) -> bool:
+    """Whether a dotted name is `prefix` or lies below it."""
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: how it is told, read, adapted and laid out."""
+
+    name: str
+    model_types: tuple[str, ...]  # of config.json
+    accepts: Callable[[Mapping[str, Any]], bool]  # a config.json of such a type, read
+    read_config: Callable[[dict[str, Any]], PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    read_processor: Callable[[Path], Any]
+    parts: Parts
+    # What of the projector learns when a recipe does not say.
+    default_projector: tuple[str, ...]
+    lora_targets: tuple[str, ...]
+    embeddings: tuple[str, ...]  # modules that learn beside LoRA when the base is not chat-tuned
+    constants: tuple[str, ...]  # parameters that are stored but learn only where a run says so

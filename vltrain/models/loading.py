@@ -1,0 +1,125 @@
+"""From a checkpoint's folder to a model and its processor, every tensor accounted for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from vltrain.errors import VltrainError
+from vltrain.models.catalog import family_of, read_json
+from vltrain.models.family import Family
+from vltrain.models.hub import resolve_model
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+LISTED = 10  # names of tensors that an error spells out
+
+
+def load_model(
+    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """A model as its checkpoint has it, in eval mode.
+
+    Args:
+        path: a folder as published or as vltrain saved it, or a name on the Hugging Face hub
+            (`org/name`, `org/name@revision`).
+        dtype: of the weights; "auto" is what the checkpoint's config says. With it every
+            tensor equals its file bit for bit.
+        device: where the weights go; default the CPU.
+
+    Raises:
+        VltrainError: the folder is not whole: a file, a shard or a tensor is missing, a tensor
+            is unexpected or of another shape, or the family is not known.
+    """
+    folder = resolve_model(str(path)).path
+    family = family_of(folder)
+    values = read_json(folder / "config.json")
+    config = family.read_config(values)
+    refuse_missing_shards(folder)
+    wanted = _dtype(dtype, values)
+    try:
+        model, info = family.model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=wanted,
+            device_map=None if device is None else {"": device},
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise VltrainError.at(
+            str(folder), what=f"the weights cannot be read ({error})", fix="download them again"
+        ) from error
+    refuse_incomplete(folder, info)
+    freeze_constants(model, family)
+    return model
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a checkpoint: `.tokenizer`, `.image_processor`.
+
+    Args:
+        path: as for `load_model`.
+
+    Raises:
+        VltrainError: the vocabulary or the config is missing or broken.
+    """
+    folder = resolve_model(str(path)).path
+    return family_of(folder).read_processor(folder)
+
+
+def freeze_constants(model: PreTrainedModel, family: Family) -> None:
+    """Take the gradient off what is stored but does not learn; loading forgets it."""
+    for name in family.constants:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def refuse_missing_shards(folder: Path) -> None:
+    """Raise VltrainError when the index of a sharded checkpoint names files that are not there."""
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            shards = set(read_json(folder / index).get("weight_map", {}).values())
+            missing = sorted(s for s in shards if not (folder / s).is_file())
+            if missing:
+                raise VltrainError.at(
+                    str(folder),
+                    what=f"{index} names {', '.join(missing)}, which the folder lacks",
+                    fix="download the missing files into the folder",
+                )
+            return
+
+
+def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
+    """Raise VltrainError unless the checkpoint filled every tensor and had none to spare."""
+    faults = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(n[0] if isinstance(n, tuple) else n) for n in info[f"{kind}_keys"])
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            faults.append(f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}")
+    if faults:
+        raise VltrainError.at(
+            str(folder),
+            what="the tensors are not those of the model; " + "; ".join(faults),
+            fix="use a whole checkpoint whose config.json belongs to its weights",
+        )
+
+
+def _dtype(dtype: str | torch.dtype, config: dict[str, Any]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = config.get("torch_dtype") or config.get("dtype") or "float32" if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise VltrainError.at(
+            "dtype", what=f"{name!r} is no dtype of weights", fix="use bf16, fp16 or fp32"
+        )
+    return DTYPES[name]

@@ -1,0 +1,424 @@
+"""The Qwen-VL v1 decoder and the model around it, under the published parameter names.
+
+Dimension letters: `B` batch, `L` tokens, `H` heads, `D` width, `N` pictures of the batch,
+`Q` image tokens of a picture.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vltrain.models.qwen_vl.configuration import QwenVLConfig
+from vltrain.models.qwen_vl.vision import Resampler, VisionTower, sincos_2d
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation, computed in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., D] -> float [..., D]."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
+
+
+def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
+    """How far the rotary base is stretched for sequences longer than training saw.
+
+    Args:
+        lengths: int64 [B], tokens.
+        seq_length: tokens of a training sequence.
+
+    Returns:
+        float32 [B]; 1 up to `seq_length`, then 2^k - 1 for the next power of two.
+    """
+    steps = torch.ceil(torch.log2(lengths.double() / seq_length) + 1)
+    return (2**steps - 1).clamp(min=1).float()
+
+
+def rotary_tables(position_ids: Tensor, alpha: Tensor, config: QwenVLConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (arXiv:2104.09864), always float32.
+
+    Computed here and not kept in a buffer: loading a checkpoint leaves buffers that are not in
+    it undefined.
+
+    Args:
+        position_ids: int64 [B or 1, L].
+        alpha: float32 [B or 1], see `ntk_alpha`.
+
+    Returns:
+        Two float32 [B or 1, 1, L, head_dim].
+    """
+    dim = config.head_dim
+    base = config.rotary_emb_base * alpha ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, device=position_ids.device).float() / dim
+    frequencies = 1.0 / base[:, None] ** exponents  # [B, dim / 2]
+    angles = position_ids[:, :, None].float() * frequencies[:, None, :]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to float [B, H, L, head_dim]; the dtype stays."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
+    """What a query past `seq_length` is multiplied with: log of its place to that base.
+
+    Args:
+        position_ids: int64 [B or 1, L], counted from 0.
+
+    Returns:
+        float32 [B or 1, 1, L, 1]; 1 up to `seq_length`.
+    """
+    place = (position_ids + 1).clamp(min=seq_length).double()
+    return (place.log() / math.log(seq_length)).float()[:, None, :, None]
+
+
+class DecoderAttention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: QwenVLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.num_key_value_groups = 1
+        inner = config.num_attention_heads * config.head_dim
+        self.c_attn = nn.Linear(config.hidden_size, 3 * inner)
+        self.c_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        query_scale: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """float [B, L, D] -> float [B, L, D]; `kwargs` go to the attention function."""
+        mixed = self.c_attn(hidden_states).unflatten(-1, (3, -1, self.head_dim))
+        query, key, value = (part.transpose(1, 2) for part in mixed.unbind(2))  # [B, H, L, d]
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if query_scale is not None:
+            query = query * query_scale.to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, sdpa_attention_forward
+        )
+        attended, _ = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        return self.c_proj(attended.flatten(2))
+
+
+class DecoderMLP(nn.Module):
+    """Gated MLP; the gate is `w2`."""
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__()
+        inner = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, inner, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, inner, bias=False)
+        self.c_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B, L, D] -> float [B, L, D]."""
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """One pre-norm layer of the decoder."""
+
+    def __init__(self, config: QwenVLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = DecoderAttention(config, layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = DecoderMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        query_scale: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """float [B, L, D] -> float [B, L, D]."""
+        attended = self.attn(
+            self.ln_1(hidden_states),
+            attention_mask,
+            rotary,
+            query_scale,
+            past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class QwenVLPreTrainedModel(PreTrainedModel):
+    """What `transformers` asks of every model: initial weights and what is supported."""
+
+    config_class = QwenVLConfig
+    base_model_prefix = "transformer"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer", "VisionBlock"]  # noqa: RUF012 (transformers' own form)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill weights that no checkpoint gave; `initialization` leaves loaded ones alone."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            initialization.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            initialization.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, nn.MultiheadAttention):
+            initialization.normal_(module.in_proj_weight, std=std)
+            initialization.zeros_(module.in_proj_bias)
+        elif isinstance(module, Resampler):
+            initialization.normal_(module.query, std=std)
+            places, width = module.pos_embed.shape
+            initialization.copy_(module.pos_embed, sincos_2d(width, math.isqrt(places)))
+        elif isinstance(module, VisionTower):
+            width = module.positional_embedding.size(1)
+            initialization.normal_(module.positional_embedding, std=width**-0.5)
+            initialization.normal_(module.proj, std=module.proj.size(0) ** -0.5)
+
+
+class QwenVLModel(QwenVLPreTrainedModel):
+    """Tokens and pictures to hidden states: everything but `lm_head`."""
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.visual = VisionTower(config.vision)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Token embeddings with the image tokens of the pictures over `<imgpad>`.
+
+        Args:
+            input_ids: int64 [B, L]; each picture is `<img>`, Q `<imgpad>`, `</img>`.
+            pixel_values: float [N, 3, S, S], all pictures of the batch in order, or None.
+
+        Returns:
+            float [B, L, D].
+
+        Raises:
+            ValueError: the places for pictures are not those of N pictures.
+        """
+        embeddings = self.wte(input_ids)
+        vision = self.config.vision
+        places = input_ids == vision.image_pad_id
+        wanted = int(places.sum())
+        pictures = 0 if pixel_values is None else pixel_values.size(0)
+        if wanted != pictures * vision.n_queries:
+            raise ValueError(
+                f"input_ids have {wanted} <imgpad>, but {pictures} pictures of {vision.n_queries} "
+                f"image tokens each need {pictures * vision.n_queries}"
+            )
+        if pixel_values is None or pictures == 0:
+            return embeddings
+        image_tokens = self.visual(pixel_values).to(embeddings.dtype)
+        return embeddings.masked_scatter(places[..., None], image_tokens)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last layer, normalised.
+
+        In eval mode, a sequence longer than `config.seq_length` gets rotary positions and
+        queries rescaled; while tokens are added through the cache, the rotary scale stays that
+        of the prompt.
+
+        Args:
+            input_ids: int64 [B, L], or `inputs_embeds`: float [B, L, D].
+            pixel_values: float [N, 3, S, S], all pictures of the batch in order.
+            attention_mask: int64 [B, L + cached], 0 where padded; or what the attention takes.
+            position_ids: int64 [B, L], counted from 0; default: the place in the row.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, or pictures and
+                their places differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        alpha = self._rotary_scale(inputs_embeds, position_ids, past_key_values)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.size(1), device=inputs_embeds.device)[None]
+            position_ids = position_ids + cached
+        rotary = rotary_tables(position_ids, alpha, self.config)
+        query_scale = None
+        if self.config.use_logn_attn and not self.training:
+            query_scale = log_n_scale(position_ids, self.config.seq_length)
+        hidden_states = inputs_embeds
+        for layer in self.h:
+            hidden_states = layer(
+                hidden_states, mask, rotary, query_scale, past_key_values=past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _rotary_scale(
+        self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """float32 [B or 1]: NTK alpha of each row. It outlives a step of decoding on the cache."""
+        if self.training or not self.config.use_dynamic_ntk:
+            return inputs_embeds.new_ones(1, dtype=torch.float32)
+        kept = getattr(cache, "ntk_alpha", None)
+        if kept is not None:
+            return kept
+        if position_ids is None:
+            lengths = torch.tensor([inputs_embeds.size(1)], device=inputs_embeds.device)
+        else:
+            lengths = position_ids.amax(-1) + 1
+        alpha = ntk_alpha(lengths, self.config.seq_length)
+        if cache is not None:
+            cache.ntk_alpha = alpha
+        return alpha
+
+
+class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
+    """Qwen-VL v1 with its language-model head."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__(config)
+        self.transformer = QwenVLModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.wte = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the loss.
+
+        Args:
+            input_ids: int64 [B, L]; each picture is `<img>`, Q `<imgpad>`, `</img>`.
+            pixel_values: float [N, 3, S, S], all pictures of the batch in order.
+            attention_mask: int64 [B, L + cached], 0 where padded.
+            labels: int64 [B, L], unshifted, -100 where nothing is learned.
+            logits_to_keep: the last so many positions only; 0 for all.
+            num_items_in_batch: learned tokens of the whole accumulated batch: the loss is then
+                the sum over this batch divided by it, else the mean.
+
+        Returns:
+            `.logits` float [B, L, vocab_size]; `.loss` float32 scalar.
+
+        Raises:
+            ValueError: pictures and their places differ in number.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )

@@ -1,0 +1,200 @@
+"""From pixels to image tokens: a ViT and a resampler with learned queries.
+
+Dimension letters: `N` pictures, `P` patches of a picture, `Q` image tokens of a picture,
+`V` width of the ViT, `D` width of the language model.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vltrain.models.qwen_vl.configuration import VisionSizes
+
+LAYER_NORM_EPS = 1e-6
+RESAMPLER_HEAD_DIM = 128
+
+
+def sincos_2d(width: int, side: int) -> Tensor:
+    """Fixed positions of a square grid.
+
+    The first half of a row's width speaks of the column, the second of the row; each half is
+    sines, then cosines (the 2-D form of "Attention Is All You Need", sec. 3.5).
+
+    Returns:
+        float32 [side * side, width], row by row.
+    """
+    frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    columns = line.repeat(side, 1)
+    rows = line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+def resize_positions(positions: Tensor, count: int) -> Tensor:
+    """A grid of positions, bicubically stretched to another number of places.
+
+    Args:
+        positions: float [S * S, C], a square grid row by row.
+        count: how many places are wanted; a perfect square.
+
+    Returns:
+        float [count, C] in the dtype of `positions`.
+
+    Raises:
+        ValueError: either grid is not a square.
+    """
+    source, target = math.isqrt(positions.size(0)), math.isqrt(count)
+    if source * source != positions.size(0) or target * target != count:
+        raise ValueError(f"positions need square grids, not {positions.size(0)} -> {count}")
+    if source == target:
+        return positions
+    grid = positions.float().reshape(1, source, source, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
+
+
+class VisionAttention(nn.Module):
+    """Self-attention of the ViT. `in_proj` is interleaved: [heads, (q, k, v), head_dim]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, P, V] -> float [N, P, V]."""
+        mixed = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query, key, value = mixed.chunk(3, dim=-1)  # each [N, heads, P, head_dim]
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """Two linear layers around an erf GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, P, V] -> float [N, P, V]."""
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class VisionBlock(GradientCheckpointingLayer):
+    """One pre-norm layer of the ViT."""
+
+    def __init__(self, sizes: VisionSizes) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.attn = VisionAttention(sizes.width, sizes.heads)
+        self.ln_2 = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.mlp = VisionMLP(sizes.width, int(sizes.width * sizes.mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, P, V] -> float [N, P, V]."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class VisionLayers(nn.Module):
+    """The stack of blocks, under the published name `transformer.resblocks`."""
+
+    def __init__(self, sizes: VisionSizes) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(VisionBlock(sizes) for _ in range(sizes.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, P, V] -> float [N, P, V]."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class Resampler(nn.Module):
+    """Compress the patches of each picture to a fixed number of image tokens.
+
+    Learned queries read the patches in a single cross-attention layer, with 2-D sine-cosine
+    positions on queries and keys (arXiv:2308.12966, sec. 2.1). `pos_embed` is part of the
+    checkpoint; it learns only where a run says so.
+    """
+
+    def __init__(self, sizes: VisionSizes) -> None:
+        super().__init__()
+        dim = sizes.output_dim
+        self.pos_embed = nn.Parameter(
+            sincos_2d(dim, math.isqrt(sizes.n_queries)), requires_grad=False
+        )
+        self.query = nn.Parameter(torch.zeros(sizes.n_queries, dim))
+        self.kv_proj = nn.Linear(sizes.width, dim, bias=False)
+        self.attn = nn.MultiheadAttention(dim, dim // RESAMPLER_HEAD_DIM, batch_first=True)
+        self.ln_q = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.ln_kv = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Read the patches with the queries.
+
+        Args:
+            patches: float [N, P, V]; P is a perfect square.
+
+        Returns:
+            float [N, Q, D].
+
+        Raises:
+            ValueError: P is not a perfect square.
+        """
+        value = self.ln_kv(self.kv_proj(patches))
+        key = value + resize_positions(self.pos_embed, patches.size(1)).to(value.dtype)
+        query = self.ln_q(self.query) + self.pos_embed
+        query = query.to(value.dtype).expand(patches.size(0), -1, -1)
+        return self.attn(query, key, value, need_weights=False)[0]
+
+
+class VisionTower(nn.Module):
+    """ViT, resampler, `ln_post` and `proj`: pictures to what stands over `<imgpad>`."""
+
+    def __init__(self, sizes: VisionSizes) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, sizes.width, sizes.patch_size, sizes.patch_size, bias=False)
+        # 256 places whatever the picture's size: a 16 x 16 grid, stretched to the patches.
+        self.positional_embedding = nn.Parameter(torch.zeros(256, sizes.width))
+        self.ln_pre = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.transformer = VisionLayers(sizes)
+        self.attn_pool = Resampler(sizes)
+        self.ln_post = nn.LayerNorm(sizes.output_dim, eps=LAYER_NORM_EPS)
+        self.proj = nn.Parameter(torch.zeros(sizes.output_dim, sizes.output_dim))
+
+    def encode_patches(self, pixel_values: Tensor) -> Tensor:
+        """The ViT alone: float [N, 3, S, S] -> float [N, P, V]."""
+        patches = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        positions = resize_positions(self.positional_embedding, patches.size(1))
+        return self.transformer(self.ln_pre(patches + positions.to(patches.dtype)))
+
+    def vit_learns(self) -> bool:
+        """Whether any weight before the resampler takes a gradient."""
+        if self.positional_embedding.requires_grad:
+            return True
+        trunk = (self.conv1, self.ln_pre, self.transformer)
+        return any(p.requires_grad for module in trunk for p in module.parameters())
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Image tokens of pictures.
+
+        A frozen ViT runs without gradients whatever checkpointing has made of its inputs:
+        nothing is kept of it, nothing recomputed.
+
+        Args:
+            pixel_values: float [N, 3, S, S].
+
+        Returns:
+            float [N, Q, D].
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vit_learns()):
+            patches = self.encode_patches(pixel_values)
+        return self.ln_post(self.attn_pool(patches)) @ self.proj
