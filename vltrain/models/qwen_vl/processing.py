@@ -1,0 +1,161 @@
+"""What turns text and pictures into Qwen-VL's inputs: ids of text and pictures, pixels.
+
+Dimension letters: `N` pictures, `S` the side of a preprocessed picture in pixels.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor, BatchFeature
+
+from vltrain.errors import VltrainError
+from vltrain.models.qwen_vl.tokenization import (
+    END_OF_TEXT,
+    IMAGE_END,
+    IMAGE_PAD,
+    IMAGE_START,
+    TURN_END,
+    TURN_START,
+    VOCAB_FILE,
+    QwenVLTokenizer,
+)
+
+# Of the pictures that CLIP was trained on, as every published Qwen-VL has them.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PUBLISHED_IMAGE_TOKENS = 256  # a published config.json does not name the number
+
+
+class QwenVLImageProcessor(BaseImageProcessor):
+    """Pictures to pixels: RGB, stretched to a square (bicubic), scaled, normalised.
+
+    The proportions of a picture are not kept and its EXIF orientation is not applied: that is
+    how the published weights were trained.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (the base class's form)
+
+    def __init__(
+        self,
+        image_size: int = 448,
+        image_mean: Sequence[float] = IMAGE_MEAN,
+        image_std: Sequence[float] = IMAGE_STD,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_size = image_size  # pixels
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    def preprocess(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Pixels of one or more pictures.
+
+        Returns:
+            `pixel_values`, float32 [N, 3, S, S], S = `image_size`.
+        """
+        pictures = [images] if isinstance(images, Image.Image) else images
+        pixel_values = torch.stack([self._pixels(picture) for picture in pictures])
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        """float32 [3, S, S] of one picture."""
+        side = (self.image_size, self.image_size)
+        square = picture.convert("RGB").resize(side, Image.Resampling.BICUBIC)
+        channels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        mean = torch.tensor(self.image_mean).view(3, 1, 1)
+        std = torch.tensor(self.image_std).view(3, 1, 1)
+        return (channels - mean) / std
+
+
+@dataclass(frozen=True)
+class QwenVLProcessor:
+    """Tokenizer, image processor and the layout's constants of one Qwen-VL checkpoint."""
+
+    tokenizer: QwenVLTokenizer
+    image_processor: QwenVLImageProcessor
+    n_queries: int = PUBLISHED_IMAGE_TOKENS  # image tokens that a picture becomes
+    default_system: str | None = "You are a helpful assistant."
+
+    @property
+    def turn_start_id(self) -> int:
+        """The id of `<|im_start|>`."""
+        return self.tokenizer.convert_tokens_to_ids(TURN_START)
+
+    @property
+    def turn_end_id(self) -> int:
+        """The id of `<|im_end|>`, with which an answer ends."""
+        return self.tokenizer.convert_tokens_to_ids(TURN_END)
+
+    @property
+    def newline_id(self) -> int:
+        """The id of a line end."""
+        return self.tokenizer.convert_tokens_to_ids("\n")
+
+    @property
+    def pad_id(self) -> int:
+        """The id of `<|endoftext|>`, which fills up a batch."""
+        return self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of what somebody wrote.
+
+        NFC-normalised; of the special tokens only the tags of boxes and `</img>` are read,
+        all others stay text, so that no text can open or close a turn.
+        """
+        return self.tokenizer.text_ids(text)
+
+    def image_ids(self, source: str) -> list[int]:  # noqa: ARG002 (every picture is as long)
+        """`<img>`, one `<imgpad>` per image token, `</img>`; the file is not read."""
+        marks = (IMAGE_START, IMAGE_PAD, IMAGE_END)
+        start, pad, end = self.tokenizer.convert_tokens_to_ids(list(marks))
+        return [start, *[pad] * self.n_queries, end]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the vocabulary and its config; the rest stands in the model's config.json."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def processor_from_folder(folder: Path) -> QwenVLProcessor:
+    """The processor of a checkpoint in the published layout.
+
+    `config.json` is read as plain JSON: its `auto_map` would make the Auto classes ask
+    whether to run the folder's own code.
+
+    Raises:
+        VltrainError: `config.json` or `qwen.tiktoken` is missing or not readable, or the
+            config has no `visual` section (a text-only Qwen).
+    """
+    vision = _vision_section(folder / "config.json")
+    return QwenVLProcessor(
+        tokenizer=QwenVLTokenizer(folder / VOCAB_FILE),
+        image_processor=QwenVLImageProcessor(image_size=vision.get("image_size", 448)),
+        n_queries=vision.get("n_queries", PUBLISHED_IMAGE_TOKENS),
+    )
+
+
+def _vision_section(config_file: Path) -> dict[str, Any]:
+    fix = "name a folder with a published Qwen-VL, or one that vltrain wrote"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "there is no config.json"
+        raise VltrainError.at(str(config_file.parent), what=what, fix=fix) from error
+    except ValueError as error:
+        raise VltrainError.at(str(config_file), what=f"is not JSON: {error}", fix=fix) from error
+    vision = config.get("visual") if isinstance(config, dict) else None
+    if not isinstance(vision, dict):
+        what = "has no `visual` section, so this is no Qwen-VL"
+        raise VltrainError.at(str(config_file), what=what, fix=fix)
+    return vision
