@@ -54,9 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
             str(path), what=f"not valid JSON ({error})", fix="download the file again"
         ) from error
     if not isinstance(values, dict):
-        raise VltrainError.at(
-            str(path), what="holds no JSON object", fix="download the file again"
-        )
+        raise VltrainError.at(str(path), what="holds no JSON object", fix="download the file again")
     return values
 
 
@@ -74,7 +72,7 @@ def family_of(folder: Path) -> Family:
     known = ", ".join(f"{family.name} ({' / '.join(family.model_types)})" for family in FAMILIES)
     raise VltrainError.at(
         str(folder / "config.json"),
-        what=f"model_type {model_type!r} with the sections {sorted(config)} is no family known here",
+        what=f"no known family has model_type {model_type!r} and these keys: {sorted(config)}",
         fix=f"use a model of {known}; Qwen-VL v1 has a `visual` section, text-only Qwen has none",
     )
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
 from vltrain.models.qwen_vl.vision import Resampler, VisionTower, sincos_2d
@@ -53,7 +54,9 @@ def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
     return (2**steps - 1).clamp(min=1).float()
 
 
-def rotary_tables(position_ids: Tensor, alpha: Tensor, config: QwenVLConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    position_ids: Tensor, alpha: Tensor, config: QwenVLConfig
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary positions (arXiv:2104.09864), always float32.
 
     Computed here and not kept in a buffer: loading a checkpoint leaves buffers that are not in
@@ -95,6 +98,31 @@ def log_n_scale(position_ids: Tensor, seq_length: int) -> Tensor:
     return (place.log() / math.log(seq_length)).float()[:, None, :, None]
 
 
+def plain_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention spelled out (`attn_implementation="eager"`): to compare kernels with.
+
+    Args:
+        query, key, value: float [B, H, L, head_dim].
+        attention_mask: float [B, 1, L, L] to add, or None.
+
+    Returns:
+        float [B, L, H, head_dim] and the attention weights, float [B, H, L, L].
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 class DecoderAttention(nn.Module):
     """Causal self-attention with rotary positions."""
 
@@ -128,7 +156,7 @@ class DecoderAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, sdpa_attention_forward
+            self.config._attn_implementation, plain_attention
         )
         attended, _ = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
@@ -194,6 +222,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -265,6 +294,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         image_tokens = self.visual(pixel_values).to(embeddings.dtype)
         return embeddings.masked_scatter(places[..., None], image_tokens)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -368,6 +398,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -420,5 +451,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
         )

@@ -1,0 +1,150 @@
+"""Which parameters learn: full or LoRA. The only place where the methods differ."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from vltrain.errors import VltrainError
+from vltrain.models.family import Family, Part, has_prefix
+
+PEFT_PREFIX = "base_model.model."
+ADAPTER_MARK = ".lora_"
+COPY_MARK = ".modules_to_save."
+
+CountedPart = Part | Literal["adapter"]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Which parts of the model stay as they are."""
+
+    vision: bool = True
+    projector: bool | None = None  # None: learns under `full` as the family says, else frozen
+    language: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The shape of a LoRA adapter (arXiv:2106.09685)."""
+
+    r: int = 64
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] | str | None = None  # None: what the family names
+    embeddings: bool = False  # input and output embeddings learn in full
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of a model."""
+
+    learned: int
+    total: int
+
+
+def set_learned(model: PreTrainedModel, family: Family, freeze: Freeze) -> PreTrainedModel:
+    """Full-parameter training: gradients on what is not frozen, in place.
+
+    Raises:
+        VltrainError: nothing is left to learn.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_learns(name, family, freeze))
+    widen_learned(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise VltrainError.at(
+            "freeze", what="every part is frozen, nothing learns", fix="set one of them to false"
+        )
+    return model
+
+
+def widen_learned(model: nn.Module) -> None:
+    """Hold what learns in float32, whatever the checkpoint's dtype.
+
+    At a learning rate of 1e-5 most updates of a bfloat16 weight are lost in rounding.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _learns(name: str, family: Family, freeze: Freeze) -> bool:
+    part = family.parts.of(name)
+    if part == "projector":
+        if freeze.projector is None:
+            return any(has_prefix(name, p) for p in family.default_projector)
+        return not freeze.projector
+    return not getattr(freeze, part)
+
+
+def add_lora(
+    model: PreTrainedModel, family: Family, freeze: Freeze, adapter: Adapter, seed: int
+) -> PeftModel:
+    """LoRA training: adapters on the language model, whole modules beside them where asked.
+
+    Args:
+        seed: of the adapters' first weights.
+
+    Raises:
+        VltrainError: a combination that cannot work, or targets that the model lacks.
+    """
+    _refuse_impossible(freeze)
+    beside = list(family.default_projector) if freeze.projector is False else []
+    if adapter.embeddings:
+        beside += family.embeddings
+    targets = family.lora_targets if adapter.targets is None else adapter.targets
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=beside or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    set_seed(seed)
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise VltrainError.at(
+            "lora.targets",
+            what=f"no adapter fits the model ({error})",
+            fix=f"name linear layers of it; the default is {list(family.lora_targets)}",
+        ) from error
+    widen_learned(wrapped)
+    return wrapped
+
+
+def _refuse_impossible(freeze: Freeze) -> None:
+    if freeze.language:
+        raise VltrainError.at(
+            "freeze.language",
+            what="LoRA adapts the language model, which this freezes",
+            fix="leave freeze.language false, or run `vltrain full` with it",
+        )
+    if not freeze.vision:
+        raise VltrainError.at(
+            "freeze.vision",
+            what="LoRA does not train the vision tower",
+            fix="leave freeze.vision true, or run `vltrain full` with freeze.vision=false",
+        )
+
+
+def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount]:
+    """Learned and all parameters of each part, low-rank adapters as a part of their own.
+
+    A module that learns whole beside LoRA is a copy: it counts as learned in its part, and not
+    twice in the part's size.
+    """
+    counts: dict[CountedPart, PartCount] = {}
+    for name, parameter in model.named_parameters():
+        plain = name.removeprefix(PEFT_PREFIX)
+        part = "adapter" if ADAPTER_MARK in plain else family.parts.of(plain)
+        before = counts.get(part, PartCount(0, 0))
+        learned = parameter.numel() if parameter.requires_grad else 0
+        size = 0 if COPY_MARK in plain else parameter.numel()
+        counts[part] = PartCount(before.learned + learned, before.total + size)
+    return counts
