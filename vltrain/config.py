@@ -1,0 +1,417 @@
+"""The recipe: one file, one reading, one frozen section for each part of a run.
+
+A recipe is YAML. `load_recipe` lays four things over each other, the later ones winning: the
+method's built-in defaults, the file, `--model|--data|--output`, and every `--set KEY=VALUE`. What
+comes out is checked whole and has no gaps; `recipe_to_yaml` writes it so that it loads again as it
+was. Relative paths are relative to the working directory, wherever the recipe file lies.
+
+Nothing here imports torch: the `trainer:` section holds `transformers.TrainingArguments`' own names
+and is given to it by the workflow that trains.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Lt, MinLen
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from vltrain.errors import VltrainError
+
+Method = Literal["full", "lora"]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which files to learn from and how long a sample may be."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    files: Annotated[tuple[Path, ...], MinLen(1)]  # one alone may be written without brackets
+    eval_files: tuple[Path, ...] = ()
+    eval_share: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training samples, kept for evaluation
+    image_root: Path | None = None  # where relative picture paths start; None: the file's folder
+    max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
+    too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
+    labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether the run measures an eval loss."""
+        return bool(self.eval_files) or self.eval_share > 0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How large the adapters are and where they sit."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    r: Annotated[int, Ge(1)] = 64
+    alpha: Annotated[float, Gt(0)] = 16
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    targets: tuple[str, ...] | str | None = None  # names, or one pattern; None: the family's
+    embeddings: Literal["auto"] | bool = "auto"  # learn them whole; auto: base is not chat-tuned
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """Which parts of the model stay as they are."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    vision: bool = True
+    projector: bool | None = None  # None: frozen under lora; full learns what the family says
+    language: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, whole: what learns, from what, how, and where the result goes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    method: Method
+    model: Annotated[str, MinLen(1)]  # a folder, or a name on the hub with an optional @revision
+    output: Path
+    data: DataConfig
+    dtype: Dtype = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
+
+
+SECTIONS = {"data": DataConfig, "lora": LoraConfig, "freeze": FreezeConfig}
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 1,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.01,  # below 1: the share of all steps
+    "gradient_checkpointing": True,
+    "logging_steps": 1,
+    "save_steps": 1000,
+    "save_total_limit": 10,
+    "seed": 42,
+    "report_to": "tensorboard",
+}
+METHOD_DEFAULTS: dict[Method, dict[str, Any]] = {
+    "lora": {"learning_rate": 1e-4, "gradient_accumulation_steps": 8},
+    "full": {"learning_rate": 1e-5, "gradient_accumulation_steps": 16},
+}
+
+NOT_YOURS_TO_SET = {
+    "output_dir": ("the run directory is the recipe's own `output`", "set output instead"),
+    "remove_unused_columns": ("columns that the Trainer calls unused hold the pictures", ""),
+    "resume_from_checkpoint": ("a run that was cut off resumes by itself", "start it again"),
+    "do_train": ("the command already says it", ""),
+    "do_eval": ("evaluation follows from the data", "give data.eval_files or data.eval_share"),
+    "do_predict": ("a run trains; it answers nothing", "use vltrain chat --input"),
+    "deepspeed": ("a run is one process", ""),
+    "fsdp": ("a run is one process", ""),
+    "fsdp_config": ("a run is one process", ""),
+    "parallelism_config": ("a run is one process", ""),
+}
+"""`trainer:` keys that are refused: why, and what to do instead of only leaving the key out."""
+
+NEEDED = {
+    "model": "give --model, or `model:` in the recipe: a folder of weights or a name on the hub",
+    "output": "give --output, or `output:` in the recipe: the directory the run is written to",
+    "data": "give --data, or `data.files` in the recipe: the JSON or JSONL to learn from",
+    "data.files": "give --data, or `data.files` in the recipe: the JSON or JSONL to learn from",
+}
+
+
+def load_recipe(
+    path: Path | None,
+    *,
+    method: Method,
+    model: str | None = None,
+    data: Sequence[Path] = (),
+    output: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """The checked recipe of one run.
+
+    Args:
+        path: the YAML file; None for the method's defaults alone.
+        method: the command; a file that states another `method:` is refused.
+        model, data, output: short for `model`, `data.files` and `output`; they win over the file.
+        overrides: "KEY=VALUE" with a dotted key and a YAML value; they win over everything.
+
+    Raises:
+        VltrainError: an unreadable file, an unknown or missing key, a value of the wrong type or
+            out of range; all of a recipe's mistakes at once, each with where it was written.
+    """
+    where = str(path) if path else "the recipe"
+    values = _read(path) if path else {}
+    origins: dict[str, str] = {}
+    stated = values.setdefault("method", method)
+    if stated != method:
+        raise VltrainError.at(
+            where,
+            what=f"the recipe is for `vltrain {stated}`, the command is `vltrain {method}`",
+            fix=f"run `vltrain {stated}`, or take `method:` out of the recipe",
+        )
+    given = (
+        ("--model", "model", model),
+        ("--data", "data.files", [str(file) for file in data] or None),
+        ("--output", "output", None if output is None else str(output)),
+    )
+    for flag, key, value in given:
+        if value is not None:
+            _place(values, key, value, flag)
+            origins[key] = flag
+    for override in overrides:
+        key, value = _parse_override(override)
+        _place(values, key, value, f"--set {key}")
+        origins[key] = f"--set {key}"
+    return _checked(values, method, where, origins)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal one."""
+    values = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    if recipe.method == "full":
+        del values["lora"]
+    return yaml.dump(values, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
+
+
+def unknown_key(where: str, key: str, known: Iterable[str]) -> VltrainError:
+    """The error for a key that nothing reads; it names the nearest one that something does."""
+    near = _nearest(key, list(known))
+    return VltrainError.at(where, what=f"`{key}` is no known key", fix=f"did you mean `{near}`?")
+
+
+FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+"""What a person calls a number; YAML 1.1, and so PyYAML, reads 1e-5 as a string."""
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML with people's floats, without dates, and where a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for (key, _), name in zip(node.value, names, strict=True):
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{name}` is written twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes what `_RecipeLoader` would take for something else."""
+
+
+for _side in (_RecipeLoader, _RecipeDumper):
+    _side.yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern) for tag, pattern in pairs if not tag.endswith(("float", "timestamp"))
+        ]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise VltrainError.at(
+            where + (f":{mark.line + 1}" if mark else ""),
+            what=f"is not YAML: {getattr(error, 'problem', error)}",
+            fix="mend the line",
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VltrainError.at(
+            str(path),
+            what=f"the recipe cannot be read: {getattr(error, 'strerror', None) or error}",
+            fix="give the path of a YAML file",
+        ) from None
+    values = _parse(text, where=str(path))
+    if values is not None and not isinstance(values, dict):
+        raise VltrainError.at(
+            str(path), what="a recipe is a mapping of keys", fix="begin with a line like `model: …`"
+        )
+    return values or {}
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The known dotted key most like `key`: in its own section, else by its last word."""
+    section, _, leaf = key.rpartition(".")
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    siblings = {last: name for last, name in leaves.items() if name.rpartition(".")[0] == section}
+    for choices, cutoff in ((siblings, 0.6), (leaves, 0.8)):
+        if found := difflib.get_close_matches(leaf, choices, n=1, cutoff=cutoff):
+            return choices[found[0]]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise VltrainError.at(
+            f"--set {override}", what="is not KEY=VALUE", fix="write --set data.max_length=1024"
+        )
+    key = key.strip()
+    return key, _parse(text, where=f"--set {key}")
+
+
+def _place(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Write `value` at a dotted key, making the sections on the way."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise VltrainError.at(
+                where, what=f"`{section}` is a value, not a section", fix="set the key itself"
+            )
+    values[leaf] = value
+
+
+def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[str, str]) -> Recipe:
+    if method == "full" and values.get("lora"):
+        raise VltrainError.at(
+            where, what="a full run has no adapter", fix="take out `lora:`, or run vltrain lora"
+        )
+    # A section with every line commented out is null in YAML and empty to its writer.
+    empty = {key: {} for key in (*SECTIONS, "trainer") if key in values and values[key] is None}
+    values = values | empty
+    data = values.get("data")
+    for key in ("files", "eval_files"):
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            data[key] = [data[key]]
+    try:
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problems = _problems(error, where, origins)
+        raise VltrainError("\n".join(str(problem) for problem in problems)) from None
+    _refuse_contradictions(recipe, where, origins)
+    return replace(recipe, trainer=_with_defaults(recipe))
+
+
+def _with_defaults(recipe: Recipe) -> dict[str, Any]:
+    """All `trainer:` values: the method's defaults under what was given.
+
+    Where the data has an eval half, it is measured whenever a checkpoint is saved, so that the
+    best checkpoint can be kept.
+    """
+    settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | recipe.trainer
+    for key in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if settings.get(key) is False:  # what YAML makes of a bare `no`
+            settings[key] = "no"
+    if recipe.data.has_eval:
+        settings.setdefault("eval_strategy", settings.get("save_strategy", "steps"))
+        if settings["eval_strategy"] == "steps":
+            settings.setdefault("eval_steps", settings["save_steps"])
+    return settings
+
+
+def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) -> None:
+    data, freeze, trainer = recipe.data, recipe.freeze, recipe.trainer
+
+    def refuse(key: str, what: str, fix: str) -> None:
+        raise VltrainError.at(_origin(key, where, origins), what=what, fix=fix)
+
+    for key in trainer:
+        if key in NOT_YOURS_TO_SET:
+            reason, instead = NOT_YOURS_TO_SET[key]
+            refuse(
+                f"trainer.{key}",
+                f"`trainer.{key}` cannot be set: {reason}",
+                instead or f"take out `trainer.{key}`",
+            )
+    if data.eval_files and data.eval_share:
+        refuse(
+            "data.eval_share",
+            "both data.eval_files and data.eval_share are given",
+            "keep the one that you mean",
+        )
+    wants_eval = trainer.get("load_best_model_at_end") or trainer.get(
+        "eval_strategy", "no"
+    ) not in ("no", False)
+    if wants_eval and not data.has_eval:
+        refuse(
+            "trainer.eval_strategy",
+            "an eval loss is asked for and there is nothing to measure it on",
+            "give data.eval_files or data.eval_share",
+        )
+    if recipe.method == "full" and freeze.vision and freeze.projector and freeze.language:
+        refuse("freeze", "all parts are frozen: nothing would learn", "unfreeze one of them")
+
+
+def _known_keys() -> list[str]:
+    """Every key of a recipe, dotted; of `trainer:` those that have a default."""
+    keys = [f.name for f in fields(Recipe)]
+    for name, section in SECTIONS.items():
+        keys += [f"{name}.{f.name}" for f in fields(section)]
+    return keys + [f"trainer.{name}" for name in TRAINER_DEFAULTS | METHOD_DEFAULTS["full"]]
+
+
+def _origin(key: str, where: str, origins: dict[str, str]) -> str:
+    """The flag that wrote a key or its section, else the recipe itself."""
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return where
+
+
+def _problems(error: ValidationError, where: str, origins: dict[str, str]) -> list[VltrainError]:
+    """pydantic's findings in the words of the recipe: one error for each key."""
+    known = _known_keys()
+    wanted: dict[str, list[str]] = {}
+    problems: dict[str, VltrainError] = {}
+    for finding in error.errors(include_url=False):
+        names = [str(part) for part in finding["loc"]]
+        key = ".".join(names)
+        if finding["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            problems[key] = unknown_key(_origin(key, where, origins), key, known)
+            continue
+        while key not in known and names:  # an index, or the name of a union's branch
+            names.pop()
+            key = ".".join(names)
+        if key in NEEDED and finding["type"] in ("missing", "too_short"):
+            problems[key] = problems.get(key) or VltrainError.at(
+                where, what=f"no `{key}`", fix=NEEDED[key]
+            )
+            continue
+        wanted.setdefault(key, []).append(_in_words(finding["msg"]))
+        value = json.dumps(finding["input"], ensure_ascii=False)
+        problems[key] = VltrainError.at(
+            _origin(key, where, origins),
+            what=f"`{key}` is {value}",
+            fix="it " + ", or ".join(dict.fromkeys(wanted[key])),
+        )
+    return list(problems.values())
+
+
+def _in_words(message: str) -> str:
+    words = {"Input ": "", "valid array": "list", "valid string": "text", "an object": "a section"}
+    for theirs, ours in words.items():
+        message = message.replace(theirs, ours)
+    return message
