@@ -1,0 +1,196 @@
+"""Every finding about data files, with its record, before a model is loaded.
+
+One pass over the records; each is asked for all its faults, those of its form (`formats`), its
+boxes (`grounding`), its pictures (`images`) and its length (`encoding`). A new check is a
+function that gives faults, called in `_record_faults`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vltrain.data.conversation import Conversation, ImagePart, Turn
+from vltrain.data.dataset import Record, TooLong, Unreadable, scan_records
+from vltrain.data.encoding import (
+    LabelPolicy,
+    Processor,
+    encode_conversation,
+    too_long_message,
+)
+from vltrain.data.faults import Fault
+from vltrain.data.formats import read_conversation, record_id
+from vltrain.data.grounding import read_boxes
+from vltrain.data.images import locate_image, picture_faults
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault and its place. An error stops a run before it starts, a warning does not."""
+
+    file: str
+    record: int | None  # a list's index or a JSONL file's line, from 0; None: about the file
+    id: str | None
+    severity: Severity
+    kind: str
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check of files found."""
+
+    records: int  # read, faulty ones included
+    findings: tuple[Finding, ...]
+    dropped: int = 0  # longer than max_length, left out by too_long="drop"
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that stop a run."""
+        return tuple(found for found in self.findings if found.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that do not."""
+        return tuple(found for found in self.findings if found.severity == "warning")
+
+    def as_json(self) -> dict[str, Any]:
+        """The form that other programs read: `records` and `findings`."""
+        return {"records": self.records, "findings": [asdict(found) for found in self.findings]}
+
+
+@dataclass
+class Checker:
+    """What the records of a run are held against, and the pictures it has seen."""
+
+    processor: Processor | None = None  # None: lengths are not checked
+    image_root: Path | None = None
+    max_length: int | None = None  # tokens, image tokens included
+    too_long: TooLong = "error"
+    labels: LabelPolicy = "assistant"
+    decode: bool = True  # pictures are decoded whole; False: their headers alone are read
+    seen: dict[Path, list[Fault]] = field(default_factory=dict)  # faults of pictures looked at
+
+    def findings(self, entry: Record | Unreadable) -> Iterator[Finding]:
+        """All that is wrong with one record, or with a place that holds none."""
+        if isinstance(entry, Unreadable):
+            yield self._finding(entry, None, entry.fault)
+            return
+        identity = record_id(entry.value)
+        for fault in self._record_faults(entry):
+            yield self._finding(entry, identity, fault)
+
+    def _finding(self, entry: Record | Unreadable, identity: str | None, fault: Fault) -> Finding:
+        refused = fault.refused(lenient=self.labels == "reference")
+        return Finding(
+            file=str(entry.file),
+            record=entry.index,
+            id=identity,
+            severity="error" if refused else "warning",
+            kind=fault.kind,
+            message=fault.message,
+            fix=fault.fix,
+        )
+
+    def _record_faults(self, record: Record) -> Iterator[Fault]:
+        conversation, faults = read_conversation(record.value)
+        yield from faults
+        if conversation is None:
+            return
+        for turn in conversation.turns:
+            yield from _empty_turn_faults(turn)
+            yield from _box_faults(turn)
+            yield from self._picture_faults(turn, record)
+        if not any(fault.refused(lenient=self.labels == "reference") for fault in faults):
+            yield from self._length_faults(conversation)
+
+    def _picture_faults(self, turn: Turn, record: Record) -> Iterator[Fault]:
+        """What is wrong with a turn's pictures; each file is opened once in a check."""
+        sources = [part.source for part in turn.parts if isinstance(part, ImagePart)]
+        for source in filter(None, sources):  # an empty path is a fault of the form
+            found = locate_image(source, data_file=record.file, image_root=self.image_root)
+            if isinstance(found, Fault):
+                yield found
+                continue
+            if found not in self.seen:
+                self.seen[found] = picture_faults(found, decode=self.decode)
+            yield from self.seen[found]
+
+    def _length_faults(self, conversation: Conversation) -> Iterator[Fault]:
+        """The fault of a sample longer than max_length: a warning where it is dropped."""
+        if self.processor is None or self.max_length is None:
+            return
+        sample = encode_conversation(conversation, self.processor, self.labels)
+        length = len(sample.input_ids)
+        if length <= self.max_length:
+            return
+        message = too_long_message(sample, self.processor, self.max_length)
+        if self.too_long == "drop":
+            message += ": the record is dropped"
+            fix = f"raise data.max_length to {length} or more to keep it"
+            yield Fault("too_long", message, fix, "warning")
+        else:
+            fix = f"raise data.max_length to {length} or more, or set data.too_long: drop"
+            yield Fault("too_long", message, fix)
+
+
+def check_files(
+    files: Sequence[Path],
+    *,
+    processor: Processor | None = None,
+    image_root: Path | None = None,
+    max_length: int | None = None,
+    too_long: TooLong = "error",
+    labels: LabelPolicy = "assistant",
+    decode: bool = True,
+    progress: Callable[[Record | Unreadable], None] | None = None,
+) -> Report:
+    """Read files once and report all that would stop or spoil a training run.
+
+    Args:
+        files: JSON lists or JSONL files.
+        processor: counts tokens; without it lengths are not checked.
+        image_root: where relative picture paths are looked up first.
+        max_length: tokens, image tokens included; None: any length.
+        too_long: are longer samples errors, or dropped and counted?
+        labels: under "reference", what the original code takes is a warning and no error.
+        decode: decode pictures whole, which finds files cut short; False: headers alone.
+        progress: told of each record after it was checked.
+
+    Returns:
+        The findings in the order of the files and records. Never raises for faulty data.
+    """
+    checker = Checker(processor, image_root, max_length, too_long, labels, decode)
+    records = 0
+    findings: list[Finding] = []
+    for entry in _entries(files):
+        records += isinstance(entry, Record) or entry.index is not None
+        findings.extend(checker.findings(entry))
+        if progress:
+            progress(entry)
+    dropped = sum(found.kind == "too_long" and found.severity == "warning" for found in findings)
+    return Report(records, tuple(findings), dropped)
+
+
+def _entries(files: Iterable[Path]) -> Iterator[Record | Unreadable]:
+    for file in files:
+        yield from scan_records(file)
+
+
+def _empty_turn_faults(turn: Turn) -> Iterator[Fault]:
+    """A question or an answer without a word or picture: readable, but it teaches silence."""
+    if turn.role != "system" and not turn.parts:
+        message = f"turn {turn.position} ({turn.role}) is empty"
+        fix = "write what is said, or remove the question with its answer"
+        yield Fault("empty_turn", message, fix, "strict")
+
+
+def _box_faults(turn: Turn) -> Iterator[Fault]:
+    """What is wrong with the boxes of a turn."""
+    _, faults = read_boxes(turn.text)
+    for fault in faults:
+        message = f"turn {turn.position} ({turn.role}): {fault.message}"
+        yield Fault(fault.kind, message, fault.fix, fault.grade)

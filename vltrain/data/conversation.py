@@ -1,0 +1,52 @@
+"""The one form every data format is read into: turns of text and pictures."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Text between pictures, byte for byte as the record has it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """Where a picture is: a path as the record gives it, without the blanks around it."""
+
+    source: str
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says, in order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    position: int | None = field(default=None, compare=False)  # in the record's list, from 0
+
+    @property
+    def text(self) -> str:
+        """The turn's text alone, its pictures left out."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One record: at most one system turn, which is the first, then what is said."""
+
+    turns: tuple[Turn, ...]
+    id: str | None = None
+
+    @property
+    def image_sources(self) -> tuple[str, ...]:
+        """Where the pictures of all turns are, in order."""
+        return tuple(
+            part.source for turn in self.turns for part in turn.parts if isinstance(part, ImagePart)
+        )

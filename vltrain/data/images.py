@@ -1,0 +1,159 @@
+"""Find a picture's file, open it, and say what is wrong with it."""
+
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vltrain.data.faults import Fault, error_of
+
+_SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
+_DEEP_GREY = ("I", "F")  # modes that Pillow's convert("RGB") clips to white; "I;16" begins so
+# What Pillow's decoders raise on bytes that are no picture.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def resolve_image(
+    source: str,
+    *,
+    data_file: Path | None = None,
+    image_root: Path | None = None,
+    where: str | None = None,
+) -> Path:
+    """The file a picture is in.
+
+    Args:
+        source: a path as a record gives it, absolute or relative.
+        data_file: the file that names the picture.
+        image_root: where relative paths are looked up first.
+        where: what an error calls the record.
+
+    Raises:
+        VltrainError: no such file (says where it looked), or a URL, which is not supported.
+    """
+    found = locate_image(source, data_file=data_file, image_root=image_root)
+    if isinstance(found, Fault):
+        raise error_of([found], where or source)
+    return found
+
+
+def locate_image(
+    source: str, *, data_file: Path | None = None, image_root: Path | None = None
+) -> Path | Fault:
+    """The file a picture is in, or why there is none."""
+    if not source:
+        return Fault("empty_path", "a picture has no path", "write its path between <img> </img>")
+    scheme = _SCHEME.match(source)
+    if scheme:
+        return _scheme_fault(source, (scheme[1] or scheme[2]).lower())
+    candidates = image_candidates(source, data_file=data_file, image_root=image_root)
+    for candidate in candidates:
+        if os.path.isfile(candidate):  # unlike Path.is_file, false for any impossible name
+            return candidate
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    message = f"picture {source!r} is missing; looked for {looked}"
+    fix = "put the file there, mend the path, or set data.image_root"
+    return Fault("missing_picture", message, fix)
+
+
+def image_candidates(
+    source: str, *, data_file: Path | None = None, image_root: Path | None = None
+) -> list[Path]:
+    """Where a picture may lie, in the order of looking.
+
+    Under `image_root`, beside the data file, in the working directory (where the original
+    looks). An absolute path is looked for where it says.
+    """
+    here = Path.cwd()
+    bases = [image_root, data_file.parent if data_file else None, here]
+    return list(dict.fromkeys(here / base / source for base in bases if base is not None))
+
+
+def open_image(path: Path, *, where: str | None = None) -> Image.Image:
+    """The picture as RGB, decoded, its file closed.
+
+    EXIF orientation is not applied (the model's original does not either). Grey deeper than
+    8 bits is stretched from its darkest to its brightest value, where a plain conversion
+    turns it white.
+
+    Raises:
+        VltrainError: the file is no picture, or a broken one.
+    """
+    try:
+        with Image.open(path) as image:
+            return _rgb(image)
+    except _DECODE_ERRORS as error:
+        raise error_of([_broken(path, error)], where or str(path)) from error
+
+
+def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
+    """What is wrong with a picture's file.
+
+    Args:
+        path: a file that exists.
+        decode: read all of it, which finds a file that was cut short; otherwise its header.
+    """
+    try:
+        with Image.open(path) as image:
+            size, mode = image.size, image.mode
+            if decode:
+                image.draft("RGB", (1, 1))  # the smallest that a JPEG can be decoded to
+                image.load()
+            else:
+                image.verify()
+    except _DECODE_ERRORS as error:
+        return [_broken(path, error)]
+    if 0 in size:
+        message = f"picture {path} is {size[0]} x {size[1]} pixels"
+        return [Fault("zero_size_picture", message, "replace the file")]
+    if mode.startswith(_DEEP_GREY):
+        message = f"picture {path} is grey of more than 8 bits: it is stretched over its range"
+        fix = "save it with 8 bits to decide the range yourself"
+        return [Fault("deep_grey", message, fix, "warning")]
+    return []
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith(_DEEP_GREY):
+        return image.convert("RGB")
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    darkest, brightest = float(values.min()), float(values.max())
+    scale = 255.0 / (brightest - darkest) if brightest > darkest else 0.0
+    grey = np.rint((values - darkest) * scale).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _broken(path: Path, error: BaseException) -> Fault:
+    """Why a file could not be read as a picture."""
+    if isinstance(error, Image.DecompressionBombError):
+        message = f"picture {path} has too many pixels: {error}"
+        return Fault("huge_picture", message, "save it smaller; the model sees far fewer pixels")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return Fault("zero_size_picture", f"picture {path} is empty (0 bytes)", "replace the file")
+    message = f"picture {path} cannot be read ({type(error).__name__}: {error})"
+    return Fault("broken_picture", message, "replace the file, or remove the record")
+
+
+def _scheme_fault(source: str, scheme: str) -> Fault:
+    """Why a URL is no picture's place."""
+    shown = source if len(source) <= 80 else source[:77] + "…"
+    if scheme in ("http", "https"):
+        message = f"picture {shown!r} is a URL, and pictures are not downloaded"
+        return Fault("url", message, "download it and write the file's path")
+    message = f"picture {shown!r} has the unknown scheme {scheme}:"
+    return Fault("unknown_scheme", message, "write the path of a file, without a scheme")

@@ -1,0 +1,98 @@
+"""Looking at data before a run: `vltrain check`."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from vltrain.data.checks import Finding, Report, check_files
+from vltrain.data.dataset import TooLong
+from vltrain.data.encoding import Processor
+
+
+def check(
+    files: Sequence[Path],
+    *,
+    image_root: Path | None = None,
+    model: str | None = None,
+    max_length: int | None = None,
+    too_long: TooLong = "error",
+    as_json: bool = False,
+) -> int:
+    """Print every finding about data files to stdout.
+
+    Args:
+        files: JSON lists or JSONL files.
+        image_root: where relative picture paths are looked up first.
+        model: a folder or a name on the hub, whose tokenizer counts; without it lengths are
+            not checked.
+        max_length: tokens, image tokens included; None: any length.
+        too_long: are longer samples errors, or dropped and counted?
+        as_json: print one JSON object instead of text.
+
+    Returns:
+        The exit code: 1 where there is an error, else 0.
+    """
+    report = check_files(
+        files,
+        processor=_processor(model) if model else None,
+        image_root=image_root,
+        max_length=max_length,
+        too_long=too_long,
+    )
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        print_report(report, Console(soft_wrap=True, highlight=False))
+        if max_length is not None and model is None:
+            print("lengths were not checked: --model says whose tokens to count")
+    return 1 if report.errors else 0
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Findings grouped by kind, errors first, then the counts."""
+    for severity, findings in (("error", report.errors), ("warning", report.warnings)):
+        style = "bold red" if severity == "error" else "bold yellow"
+        for kind, group in _by_kind(findings).items():
+            console.print(Text(f"{severity}: {kind.replace('_', ' ')} ({len(group)})", style))
+            for found in group:
+                console.print(Text(f"  {_place(found)}: {_printable(found.message)}"))
+                console.print(Text(f"    fix: {_printable(found.fix)}", "dim"))
+    dropped = f", {_count(report.dropped, 'dropped record')}" if report.dropped else ""
+    console.print(
+        f"{_count(report.records, 'record')}: {_count(len(report.errors), 'error')}, "
+        f"{_count(len(report.warnings), 'warning')}{dropped}"
+    )
+
+
+def _by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    groups: dict[str, list[Finding]] = defaultdict(list)
+    for found in findings:
+        groups[found.kind].append(found)
+    return groups
+
+
+def _place(found: Finding) -> str:
+    """File, record and id of a finding, as errors write them."""
+    record = "" if found.record is None else f"#{found.record}"
+    identity = "" if found.id is None else f" (id {_printable(found.id)})"
+    return f"{found.file}{record}{identity}"
+
+
+def _printable(text: str) -> str:
+    """Text that any terminal takes: halves of surrogate pairs become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _processor(model: str) -> Processor:
+    from vltrain.models.hub import resolve_model
+    from vltrain.models.loading import load_processor
+
+    return load_processor(resolve_model(model).path)
