@@ -179,6 +179,21 @@ def load_recipe(
     return _checked(values, method, where, origins)
 
 
+def read_resolved(path: Path) -> Recipe:
+    """The recipe that a run wrote beside its weights, whatever its method.
+
+    Raises:
+        VltrainError: as `load_recipe`; also a file that does not say its method.
+    """
+    method = _read(path).get("method")
+    if method not in METHOD_DEFAULTS:
+        known = " or ".join(METHOD_DEFAULTS)
+        raise VltrainError.at(
+            str(path), what=f"`method` is {method!r}, not {known}", fix="name another directory"
+        )
+    return load_recipe(path, method=method)
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal one."""
     values = TypeAdapter(Recipe).dump_python(recipe, mode="json")

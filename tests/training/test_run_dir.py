@@ -1,0 +1,218 @@
+"""A run's directory: whose it is, what of it is whole, what its files say."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vltrain.config import Recipe, load_recipe
+from vltrain.errors import VltrainError
+from vltrain.training.run_dir import RunDir, environment
+
+
+def lora_recipe(output: Path, *overrides: str) -> Recipe:
+    return load_recipe(
+        None,
+        method="lora",
+        model="base",
+        data=[Path("train.json")],
+        output=output,
+        overrides=overrides,
+    )
+
+
+def write_checkpoint(run: RunDir, step: int, weights: str = "adapter_model.safetensors") -> Path:
+    folder = run.path / f"checkpoint-{step}"
+    folder.mkdir()
+    save_file({"lora_A": np.ones((4, 8), dtype=np.float32)}, folder / weights)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.start(lora_recipe(run.path))
+    return run
+
+
+def test_a_new_run_makes_its_directory_and_writes_its_recipe(tmp_path: Path):
+    run = RunDir(tmp_path / "runs" / "a")
+    recipe = lora_recipe(run.path)
+
+    assert run.start(recipe) == "new"
+    assert load_recipe(run.recipe_file, method="lora") == recipe
+
+
+def test_an_empty_directory_is_taken_for_a_new_run(tmp_path: Path):
+    assert RunDir(tmp_path).start(lora_recipe(tmp_path)) == "new"
+
+
+def test_a_kill_during_the_first_write_does_not_spoil_the_directory(tmp_path: Path):
+    (tmp_path / "recipe.yaml.partial").write_text("method: lo")
+
+    assert RunDir(tmp_path).start(lora_recipe(tmp_path)) == "new"
+
+
+def test_the_same_recipe_resumes(run: RunDir):
+    assert run.start(lora_recipe(run.path)) == "resumable"
+
+
+def test_the_same_run_called_by_another_path_resumes(run: RunDir):
+    assert run.start(lora_recipe(run.path / ".." / "run")) == "resumable"
+
+
+def test_a_run_is_finished_once_its_final_weights_have_their_name(run: RunDir):
+    run.final_draft.mkdir()
+    assert not run.is_finished
+
+    run.mark_finished()
+
+    assert run.is_finished
+    assert run.start(lora_recipe(run.path)) == "finished"
+
+
+def test_final_weights_that_were_cut_off_are_thrown_away(run: RunDir):
+    run.final_draft.mkdir()
+    (run.final_draft / "adapter_model.safetensors").write_bytes(b"half")
+
+    assert run.start(lora_recipe(run.path)) == "resumable"
+    assert not run.final_draft.exists()
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(run: RunDir):
+    other = lora_recipe(run.path, "lora.r=8", "trainer.learning_rate=3e-4")
+
+    with pytest.raises(VltrainError) as error:
+        run.start(other)
+
+    assert "lora.r (64 there, 8 here)" in str(error.value)
+    assert "trainer.learning_rate (0.0001 there, 0.0003 here)" in str(error.value)
+    assert "data.max_length" not in str(error.value)
+
+
+def test_another_method_is_another_recipe(run: RunDir):
+    full = replace(lora_recipe(run.path), method="full")
+
+    with pytest.raises(VltrainError, match=r"method \(lora there, full here\)"):
+        run.start(full)
+
+
+def test_a_key_that_only_one_recipe_has_is_named_as_unset(run: RunDir):
+    with pytest.raises(VltrainError, match=r"trainer.max_steps \(unset there, 5 here\)"):
+        run.start(lora_recipe(run.path, "trainer.max_steps=5"))
+
+
+def test_a_directory_with_files_of_others_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.tex").touch()
+
+    with pytest.raises(VltrainError, match=r"not empty and holds no run \(thesis.tex\)"):
+        RunDir(tmp_path).start(lora_recipe(tmp_path))
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path):
+    path = tmp_path / "run"
+    path.touch()
+
+    with pytest.raises(VltrainError, match="is a file"):
+        RunDir(path).start(lora_recipe(path))
+
+
+def test_the_last_checkpoint_is_the_one_with_the_highest_step(run: RunDir):
+    write_checkpoint(run, 900)
+    newest = write_checkpoint(run, 1000)
+
+    assert run.last_checkpoint() == newest
+
+
+def test_a_run_without_checkpoints_has_no_last_one(run: RunDir):
+    assert run.last_checkpoint() is None
+
+
+def test_a_checkpoint_without_its_state_is_passed_over_with_a_warning(run: RunDir, caplog):
+    whole = write_checkpoint(run, 4)
+    (write_checkpoint(run, 8) / "trainer_state.json").unlink()
+
+    assert run.last_checkpoint() == whole
+    assert "checkpoint-8 is passed over: it has no trainer_state.json" in caplog.text
+
+
+def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(run: RunDir):
+    whole = write_checkpoint(run, 4)
+    (write_checkpoint(run, 8) / "trainer_state.json").write_text('{"global_st')
+
+    assert run.last_checkpoint() == whole
+
+
+def test_a_checkpoint_whose_weights_are_cut_off_is_passed_over(run: RunDir):
+    whole = write_checkpoint(run, 4)
+    weights = write_checkpoint(run, 8) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-16])
+
+    assert run.last_checkpoint() == whole
+
+
+def test_a_checkpoint_without_weights_is_passed_over(run: RunDir):
+    whole = write_checkpoint(run, 4)
+    (write_checkpoint(run, 8) / "adapter_model.safetensors").unlink()
+
+    assert run.last_checkpoint() == whole
+
+
+def test_a_checkpoint_that_lacks_a_shard_is_passed_over(run: RunDir):
+    whole = write_checkpoint(run, 4)
+    sharded = write_checkpoint(run, 8, weights="model-00001-of-00002.safetensors")
+    weight_map = {
+        "lora_A": "model-00001-of-00002.safetensors",
+        "lora_B": "model-00002-of-00002.safetensors",
+    }
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+    assert run.last_checkpoint() == whole
+
+
+def test_metrics_read_back_to_the_last_bit(run: RunDir):
+    loss = 0.1 + 0.2  # 0.30000000000000004
+
+    run.append_metrics({"step": 1, "loss": loss})
+
+    assert run.metrics_file.read_text() == '{"step": 1, "loss": 0.30000000000000004}\n'
+    assert run.read_metrics() == [{"step": 1, "loss": loss}]
+
+
+def test_a_run_that_resumes_drops_the_lines_after_its_checkpoint(run: RunDir):
+    for step in (1, 2, 3, 4, 5):
+        run.append_metrics({"step": step, "loss": 1.0 / step})
+
+    run.cut_metrics(last_step=3)
+
+    assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
+
+
+def test_a_line_that_was_cut_off_is_dropped(run: RunDir):
+    run.append_metrics({"step": 1, "loss": 2.5})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 2, "lo')
+
+    run.cut_metrics(last_step=2)
+
+    assert run.metrics_file.read_text() == '{"step": 1, "loss": 2.5}\n'
+
+
+def test_the_environment_names_versions_hardware_and_the_base(run: RunDir):
+    values = environment(
+        dtype="fp32", base_path="models/qwen", base_revision=None, base_hash="ab12"
+    )
+    run.write_environment(values)
+
+    read = json.loads(run.environment_file.read_text())
+    assert read["base"] == {"path": "models/qwen", "revision": None, "hash": "ab12"}
+    assert (read["engine"], read["zero_stage"], read["world_size"]) == ("none", None, 1)
+    assert read["dtype"] == "fp32"
+    assert read["packages"]["torch"].startswith("2.")
+    assert read["hardware"]["cores"] >= 1
+    assert read["hardware"]["memory_bytes"] > 2**30

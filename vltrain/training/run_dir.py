@@ -1,0 +1,290 @@
+"""What lies where in a run's directory, and in what state it is.
+
+    RUN/recipe.yaml         the resolved recipe; it makes the directory a run's
+    RUN/environment.json    versions, hardware, the base
+    RUN/metrics.jsonl       one object for each logged step
+    RUN/checkpoint-N/       weights, optimizer and random state after step N
+    RUN/loss.png            the curve, drawn at the end
+    RUN/final/              the adapter or model; it is there whole or not at all
+
+Every file is written beside its place and renamed, so a run that is killed leaves nothing half.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from vltrain import __version__
+from vltrain.config import Recipe, read_resolved, recipe_to_yaml
+from vltrain.errors import VltrainError
+
+logger = logging.getLogger(__name__)
+
+RunState = Literal["new", "resumable", "finished"]
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "tiktoken",
+    "numpy",
+    "pillow",
+    "bitsandbytes",
+    "deepspeed",
+    "liger-kernel",
+)
+"""Whose versions `environment.json` names, where they are installed."""
+
+PARTIAL = ".partial"  # the ending of what is not whole yet
+
+
+class RunDir:
+    """One run's directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.loss_plot = path / "loss.png"
+        self.final = path / "final"
+        self.final_draft = path / f"final{PARTIAL}"  # where to save before `mark_finished`
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the final weights are there."""
+        return self.final.is_dir()
+
+    def start(self, recipe: Recipe) -> RunState:
+        """Take the directory for a run of `recipe` and say what is in it already.
+
+        A new one is made, with the recipe in it. The same recipe's is "resumable" or "finished".
+
+        Raises:
+            VltrainError: the directory holds a run of another recipe (with the keys that
+                differ), or files that no run wrote.
+        """
+        if self.recipe_file.is_file():
+            self._refuse_another(recipe)
+            shutil.rmtree(self.final_draft, ignore_errors=True)
+            return "finished" if self.is_finished else "resumable"
+        self._refuse_foreign_files()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.recipe_file, recipe_to_yaml(recipe))
+        return "new"
+
+    def mark_finished(self) -> None:
+        """Give what was saved in `final_draft` its name: the run is over."""
+        os.replace(self.final_draft, self.final)
+
+    def write_environment(self, values: Mapping[str, Any]) -> None:
+        """Write environment.json; see `environment`."""
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        write_whole(self.environment_file, text + "\n")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole; half ones are passed over with a warning."""
+        for checkpoint in sorted(self._checkpoints(), key=checkpoint_step, reverse=True):
+            fault = checkpoint_fault(checkpoint)
+            if fault is None:
+                return checkpoint
+            logger.warning("%s is passed over: %s", checkpoint, fault)
+        return None
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; floats are written so that they read back exactly."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last one that was cut off is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a newline
+
+    def cut_metrics(self, last_step: int) -> None:
+        """Drop the lines after `last_step`: a run that resumes there writes them again."""
+        kept = [row for row in self.read_metrics() if row["step"] <= last_step]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_whole(self.metrics_file, text)
+
+    def _checkpoints(self) -> list[Path]:
+        return [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r".*-\d+", p.name)]
+
+    def _refuse_another(self, recipe: Recipe) -> None:
+        there = read_resolved(self.recipe_file)
+        differences = recipe_differences(there, recipe)
+        if differences:
+            raise VltrainError.at(
+                str(self.path),
+                what="holds a run of another recipe: " + ", ".join(differences),
+                fix="give another --output, or the recipe of the run that is there",
+            )
+
+    def _refuse_foreign_files(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise VltrainError.at(
+                str(self.path), what="is a file, not a directory", fix="give another --output"
+            )
+        names = sorted(p.name for p in self.path.glob("*") if not p.name.endswith(PARTIAL))
+        if names:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise VltrainError.at(
+                str(self.path),
+                what=f"is not empty and holds no run ({shown})",
+                fix="give another --output, or empty the directory",
+            )
+
+
+def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
+    """Which keys of two recipes differ, with both values; where a run lies does not count."""
+    ours, theirs = _flat(asdict(here)), _flat(asdict(there))
+    keys = [key for key in dict.fromkeys([*theirs, *ours]) if key != "output"]
+    unset = object()
+    return [
+        f"{key} ({_shown(theirs, key)} there, {_shown(ours, key)} here)"
+        for key in keys
+        if ours.get(key, unset) != theirs.get(key, unset)
+    ]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, read from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """Why nothing can resume from a checkpoint; None where it is whole.
+
+    The Trainer writes `trainer_state.json` last. Weights are opened, which compares their
+    header with the file's length, and not read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it has no trainer_state.json"
+    except ValueError:
+        return "its trainer_state.json is cut off"
+    files = set(checkpoint.glob("*.safetensors"))
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        try:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except ValueError:
+            return f"its {index.name} is cut off"
+        files |= {checkpoint / name for name in named}
+    if not files:
+        return "it has no weights"
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} does not open ({error})"
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it: it is there whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def environment(
+    *,
+    dtype: str,
+    base_path: str,
+    base_revision: str | None,
+    base_hash: str,
+    engine: str = "none",
+    zero_stage: int | None = None,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """What a run stands on: `environment.json`.
+
+    Args:
+        dtype: of the weights, "bf16" and the like.
+        base_path: the folder that the base was read from.
+        base_revision: the hub's commit of it; None for a folder of the user's own.
+        base_hash: of the base's weights, as it travels with the adapter.
+        engine: "none" for one process.
+        zero_stage: of DeepSpeed; None elsewhere.
+        world_size: processes.
+    """
+    return {
+        "vltrain": __version__,
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "hardware": _hardware(),
+        "engine": engine,
+        "zero_stage": zero_stage,
+        "world_size": world_size,
+        "dtype": dtype,
+        "base": {"path": base_path, "revision": base_revision, "hash": base_hash},
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra that this machine does without
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name; Linux alone keeps it in a file."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.max_length": 2048, …} of nested sections."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else "unset"
