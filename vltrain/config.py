@@ -332,15 +332,16 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
 def _with_defaults(recipe: Recipe) -> dict[str, Any]:
     """All `trainer:` values: the method's defaults under what was given.
 
-    Where the data has an eval half, it is measured whenever a checkpoint is saved, so that the
-    best checkpoint can be kept.
+    What is held out is measured after each epoch; with every checkpoint where the best one is to
+    be kept, as `TrainingArguments` demands.
     """
     settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | recipe.trainer
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
         if settings.get(key) is False:  # what YAML makes of a bare `no`
             settings[key] = "no"
-    if recipe.data.has_eval:
-        settings.setdefault("eval_strategy", settings.get("save_strategy", "steps"))
+    if recipe.data.has_eval and "eval_strategy" not in settings:
+        keep_best = settings.get("load_best_model_at_end", False)
+        settings["eval_strategy"] = settings.get("save_strategy", "steps") if keep_best else "epoch"
         if settings["eval_strategy"] == "steps":
             settings.setdefault("eval_steps", settings["save_steps"])
     return settings

@@ -1,0 +1,228 @@
+"""The words the user types. A command parses, calls one workflow, and imports it only then."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vltrain import __version__
+from vltrain.errors import VltrainError
+
+if TYPE_CHECKING:
+    from vltrain.config import Method
+
+app = typer.Typer(
+    name="vltrain",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help needs no rich, and answers in a third of the time
+)
+
+RecipePath = Annotated[
+    Path | None,
+    typer.Argument(help="The run as YAML; see recipes/. Without it, the built-in defaults."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="A folder of weights, or a name on the hub: org/name[@revision]."),
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="JSON or JSONL of conversations; may be given several times."),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="The directory that the run is written to.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other key of the recipe, as in --set data.max_length=1024; repeatable.",
+    ),
+]
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option("--image-root", help="Where relative picture paths start, tried first."),
+]
+
+
+def main() -> None:
+    """The console entry: a `VltrainError` is a message and exit code 1, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except VltrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vltrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Fine-tune vision-language models on your own pictures, conversations and boxes."""
+
+
+@app.command()
+def full(
+    recipe: RecipePath = None,
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model's own weights.
+
+    All but the vision tower learns, unless the recipe says otherwise.
+    """
+    _train("full", recipe, model, data, output, overrides)
+
+
+@app.command()
+def lora(
+    recipe: RecipePath = None,
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train low-rank adapters on a frozen base."""
+    _train("lora", recipe, model, data, output, overrides)
+
+
+def _train(
+    method: "Method",
+    recipe: Path | None,
+    model: str | None,
+    data: list[Path] | None,
+    output: Path | None,
+    overrides: list[str] | None,
+) -> None:
+    from vltrain.config import load_recipe
+
+    loaded = load_recipe(
+        recipe,
+        method=method,
+        model=model,
+        data=data or (),
+        output=output,
+        overrides=overrides or (),
+    )
+    from vltrain.workflows.train import train
+
+    train(loaded)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder: RUN/final.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist yet.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, where it is no longer in its place.")
+    ] = None,
+) -> None:
+    """Make an adapter and its base one model.
+
+    The weights stand alone and are proven equal to base and adapter before they get their name.
+    """
+    from vltrain.workflows.merge import merge as merge_adapter
+
+    merge_adapter(adapter, out, base=base)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="A base, merged or adapter folder, or a name on the hub.")
+    ],
+    questions: Annotated[
+        Path, typer.Option("--input", help="JSON or JSONL of conversations to answer.")
+    ],
+    answers: Annotated[
+        Path,
+        typer.Option("--output", help="JSONL to write: one object for each assistant turn."),
+    ],
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Questions answered side by side.")
+    ] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens after which an answer is cut.")
+    ] = 512,
+    image_root: ImageRoot = None,
+) -> None:
+    """Answer every question of a file.
+
+    Each token is the likeliest one. A run that was cut off goes on where it stopped.
+    """
+    from vltrain.workflows.chat import answer_file
+
+    answer_file(
+        model,
+        questions,
+        answers,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        image_root=image_root,
+    )
+
+
+@app.command()
+def check(
+    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
+    ] = None,
+    image_root: ImageRoot = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=1, help="The longest sample, in tokens; needs --model."),
+    ] = None,
+    too_long: Annotated[
+        Literal["error", "drop"],
+        typer.Option("--too-long", help="What a longer sample is: an error, or to be dropped."),
+    ] = "error",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Report all that is wrong with data files.
+
+    The exit code is 1 if there is an error, 0 if there are only warnings or nothing.
+    """
+    from vltrain.workflows.inspect import check as check_data
+
+    raise typer.Exit(
+        check_data(
+            data,
+            image_root=image_root,
+            model=model,
+            max_length=max_length,
+            too_long=too_long,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write into.")],
+) -> None:
+    """Write a tiny model and data to try all on.
+
+    A Qwen-VL of 1.9 million parameters and pictures of real handwritten digits, with questions
+    and boxes: every command runs with them on a laptop's CPU.
+    """
+    from vltrain.workflows.demo import write_demo
+
+    write_demo(folder)
