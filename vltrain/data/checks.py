@@ -5,7 +5,7 @@ boxes (`grounding`), its pictures (`images`) and its length (`encoding`). A new 
 function that gives faults, called in `_record_faults`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,8 +98,6 @@ class Checker:
     def _record_faults(self, record: Record) -> Iterator[Fault]:
         conversation, faults = read_conversation(record.value)
         yield from faults
-        if conversation is None:
-            return
         for turn in conversation.turns:
             yield from _empty_turn_faults(turn)
             yield from _box_faults(turn)
@@ -146,7 +144,6 @@ def check_files(
     too_long: TooLong = "error",
     labels: LabelPolicy = "assistant",
     decode: bool = True,
-    progress: Callable[[Record | Unreadable], None] | None = None,
 ) -> Report:
     """Read files once and report all that would stop or spoil a training run.
 
@@ -158,7 +155,6 @@ def check_files(
         too_long: are longer samples errors, or dropped and counted?
         labels: under "reference", what the original code takes is a warning and no error.
         decode: decode pictures whole, which finds files cut short; False: headers alone.
-        progress: told of each record after it was checked.
 
     Returns:
         The findings in the order of the files and records. Never raises for faulty data.
@@ -169,8 +165,6 @@ def check_files(
     for entry in _entries(files):
         records += isinstance(entry, Record) or entry.index is not None
         findings.extend(checker.findings(entry))
-        if progress:
-            progress(entry)
     dropped = sum(found.kind == "too_long" and found.severity == "warning" for found in findings)
     return Report(records, tuple(findings), dropped)
 

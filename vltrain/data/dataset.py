@@ -232,7 +232,7 @@ def _scan_lines(path: Path) -> Iterator[Record | Unreadable]:
                 yield Unreadable(path, None, Fault("list_as_lines", message, fix))
                 return
             first = False
-            parsed = _parse(raw, line=index + 1)
+            parsed = _parse(raw.rstrip(b"\r\n"), line=index + 1)
             if isinstance(parsed, Fault):
                 yield Unreadable(path, index, parsed)
             else:

@@ -8,11 +8,11 @@ something that nobody meant.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 from vltrain.data.conversation import Conversation, ImagePart, Part, Role, TextPart, Turn
-from vltrain.data.faults import Fault, error_of
+from vltrain.data.faults import Fault, Grade, error_of
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -39,28 +39,23 @@ def conversation_from_record(
     """
     conversation, faults = read_conversation(record)
     refused = [fault for fault in faults if fault.refused(lenient=lenient)]
-    if conversation is None or refused:
+    if refused:
         raise error_of(refused, where or record_name(record))
     return conversation
 
 
-def read_conversation(record: Any) -> tuple[Conversation | None, list[Fault]]:
-    """The conversation of a record, None where it has none, and all that is wrong with it."""
+def read_conversation(record: Any) -> tuple[Conversation, list[Fault]]:
+    """The turns of a record that can be read, and all that is wrong with the record."""
     listed, faults = _turn_list(record)
-    if faults:
-        return None, faults
     turns: list[Turn] = []
     for position, entry in enumerate(listed):
         turn, found = _turn(entry, position)
-        faults.extend(found)
+        faults += found
         if turn is not None:
             turns.append(turn)
-    if len(turns) < len(listed):  # order means nothing while some turns are unknown
-        return None, faults
-    turns, found = _without_leading_assistant(turns)
-    faults += [*found, *_order_faults(turns)]
-    if any(fault.grade == "unreadable" for fault in faults):
-        return None, faults
+    if turns and len(turns) == len(listed):  # order means nothing while a turn is unknown
+        turns, found = _without_leading_assistant(turns)
+        faults += [*found, *_order_faults(turns)]
     return Conversation(tuple(turns), record_id(record)), faults
 
 
@@ -167,7 +162,7 @@ def parts_of(text: str, where: str) -> tuple[tuple[Part, ...], list[Fault]]:
                 faults.append(_misplaced("nested_tag", where, tag, f"inside {opened[0]}"))
             opened = tag
     if opened:
-        grade = "unreadable" if opened[2] == "img" else "strict"
+        grade: Grade = "unreadable" if opened[2] == "img" else "strict"
         faults.append(_misplaced("unclosed_tag", where, opened, "without its end", grade))
     parts.append(TextPart(text[text_start:]))
     return tuple(part for part in parts if part != TextPart("")), faults
@@ -178,7 +173,9 @@ def _empty_path(where: str) -> Fault:
     return Fault("empty_path", message, "write the picture's path, or remove the tags", "strict")
 
 
-def _misplaced(kind: str, where: str, tag: re.Match[str], how: str, grade: str = "strict") -> Fault:
+def _misplaced(
+    kind: str, where: str, tag: re.Match[str], how: str, grade: Grade = "strict"
+) -> Fault:
     """A tag that does not pair up, with the text around it."""
     around = tag.string[max(0, tag.start() - 12) : tag.end() + 12]
     message = f"{where} has {tag[0]} {how}, at character {tag.start()}: {around!r}"
@@ -196,12 +193,13 @@ def _without_leading_assistant(turns: list[Turn]) -> tuple[list[Turn], list[Faul
     return turns, []
 
 
-def _order_faults(turns: list[Turn]) -> Iterable[Fault]:
+def _order_faults(turns: list[Turn]) -> Iterator[Fault]:
     """Turns that do not go: system or none, then user and assistant by turns."""
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
     if not spoken:
-        message = "no user turn with an answer is left"
+        message = "no user turn is left to begin with"
         yield Fault("empty_conversation", message, "add a question and its answer")
+        return
     expected: Role = "user"
     for turn in spoken:
         if turn.role == "system":
@@ -213,10 +211,10 @@ def _order_faults(turns: list[Turn]) -> Iterable[Fault]:
             fix = "let user and assistant take turns; join two turns of one side"
             yield Fault("order", message, fix, "strict")
         expected = "assistant" if turn.role == "user" else "user"
-    if spoken and not any(turn.role == "assistant" and turn.parts for turn in spoken):
+    if not any(turn.role == "assistant" and turn.parts for turn in spoken):
         message = "no assistant turn says anything: there is nothing to learn"
         yield Fault("nothing_to_learn", message, "add an answer, or remove the record", "strict")
-    elif spoken and spoken[-1].role == "user":
+    elif spoken[-1].role == "user":
         message = f"turn {spoken[-1].position}, the last, is from user: no answer follows"
         yield Fault("order", message, "add the assistant's answer, or remove the turn", "strict")
 

@@ -1,0 +1,239 @@
+"""Every fault of a data file is found, with its place, and clean data is left alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from letters import LetterProcessor, record
+from PIL import Image
+
+from vltrain.data.checks import Finding, check_files
+from vltrain.data.grounding import parse_boxes
+from vltrain.data.images import open_image
+
+EXAMPLES = Path(__file__).parents[2] / "data_examples"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a good picture and two bad ones; the working directory lies elsewhere."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    return tmp_path
+
+
+def checked(folder, *values, **options):
+    file = folder / "train.json"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return check_files([file], **options)
+
+
+def turns(*pairs):
+    return {"conversations": [{"from": role, "value": value} for role, value in pairs]}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ([], "not_an_object"),
+        ({"conversation": []}, "no_conversations"),
+        ({"conversations": []}, "empty_conversation"),
+        ({"conversations": [{"from": "user"}]}, "bad_turn"),
+        (turns(("bot", "q"), ("assistant", "a")), "role"),
+        (turns(("user", "q"), ("user", "q"), ("assistant", "a")), "order"),
+        (turns(("user", "q")), "nothing_to_learn"),
+        (record("", "a"), "empty_turn"),
+        (record("q", "", "q", "a"), "empty_turn"),
+        (record("<img>good.png\nq", "a"), "unclosed_tag"),
+        (record("<img>good.png<img>good.png</img>", "a"), "nested_tag"),
+        (record("good.png</img>", "a"), "stray_tag"),
+        (record("<img></img>q", "a"), "empty_path"),
+        (record("<img>no.png</img>q", "a"), "missing_picture"),
+        (record("<img>bad.png</img>q", "a"), "broken_picture"),
+        (record("<img>empty.png</img>q", "a"), "zero_size_picture"),
+        (record("<img>file:///good.png</img>q", "a"), "unknown_scheme"),
+        (record("<img>ftp://x.org/good.png</img>q", "a"), "unknown_scheme"),
+        (record("<img>https://x.org/good.png</img>q", "a"), "url"),
+        (record("q", "<box>(1,2),(3)</box>"), "malformed_box"),
+        (record("q", "<box>(1,2),(3,4000)</box>"), "box_out_of_range"),
+        (record("q", "<box>(9,2),(3,4)</box>"), "inverted_box"),
+        (record("where is <box>(9,2),(3,4)</box>?", "a"), "inverted_box"),
+    ],
+)
+def test_an_error_is_found_with_its_record_and_id(folder, value, kind):
+    if isinstance(value, dict):
+        value["id"] = "x7"
+    report = checked(folder, record("q", "a"), value)
+
+    assert report.records == 2
+    found = report.findings[0]
+    assert (found.file, found.record) == (str(folder / "train.json"), 1)
+    assert found.id == ("x7" if isinstance(value, dict) else None)
+    assert (found.kind, found.severity) == (kind, "error")
+    assert found.message
+    assert found.fix
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (turns(("assistant", "hi"), ("user", "q"), ("assistant", "a")), "leading_assistant"),
+        (record("q", "<box>(1,2),(3,1000)</box>"), "box_at_1000"),
+    ],
+)
+def test_what_is_odd_is_a_warning(folder, value, kind):
+    report = checked(folder, value)
+
+    assert [(found.kind, found.severity) for found in report.findings] == [(kind, "warning")]
+    assert report.errors == ()
+
+
+def test_a_grey_picture_of_16_bits_is_a_warning(folder):
+    Image.new("I;16", (4, 4)).save(folder / "deep.png")
+
+    report = checked(folder, record("<img>deep.png</img>q", "a"))
+
+    assert [(f.kind, f.severity) for f in report.findings] == [("deep_grey", "warning")]
+
+
+def test_all_findings_of_all_records_are_reported_together(folder):
+    report = checked(
+        folder,
+        turns(("user", "<img>no.png</img>"), ("bot", "<box>(1,2)</box>")),
+        {},
+        record("<img>bad.png</img><img>bad.png</img>", "<ref>a"),
+    )
+
+    assert [(found.record, found.kind) for found in report.findings] == [
+        (0, "role"),
+        (0, "missing_picture"),
+        (1, "no_conversations"),
+        (2, "unclosed_tag"),
+        (2, "broken_picture"),
+        (2, "broken_picture"),
+    ]
+
+
+def test_a_missing_picture_says_where_it_was_looked_for(folder):
+    report = checked(folder, record("<img>no.png</img>q", "a"), image_root=folder / "pics")
+
+    assert report.findings[0].message.endswith(
+        f"looked for {folder}/pics/no.png, {folder}/no.png, {folder}/elsewhere/no.png"
+    )
+
+
+def test_a_broken_line_is_found_beside_good_ones(folder):
+    file = folder / "train.jsonl"
+    good = json.dumps(record("q", "a"))
+    file.write_text(f"{good}\n{{broken\n{good}\n")
+
+    report = check_files([file])
+
+    assert report.records == 3
+    assert [(f.record, f.kind) for f in report.findings] == [(1, "not_json")]
+    assert report.findings[0].message.startswith("not JSON: line 2, column 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.json", "[{", "not_json"),
+        ("a.json", "{}", "not_a_list"),
+        ("a.json", "{}\n{}\n", "lines_as_list"),
+        ("a.json", "[]", "no_records"),
+        ("a.jsonl", "[{}]", "list_as_lines"),
+    ],
+)
+def test_a_files_own_fault_has_no_record(folder, name, content, kind):
+    (folder / name).write_text(content)
+
+    report = check_files([folder / name])
+
+    assert [(f.record, f.id, f.kind) for f in report.errors] == [(None, None, kind)]
+    assert report.records == 0
+
+
+def test_one_unreadable_file_does_not_hide_the_others(folder):
+    (folder / "b.json").write_text(json.dumps([{}]))
+
+    report = check_files([folder / "nowhere.json", folder / "b.json"])
+
+    assert [found.kind for found in report.findings] == ["unreadable_file", "no_conversations"]
+
+
+def test_a_long_sample_is_an_error_or_dropped_and_counted(folder):
+    value = record("q", "a" * 99)  # 132 tokens
+    limits = {"processor": LetterProcessor(), "max_length": 100}
+
+    refused = checked(folder, value, **limits)
+    dropped = checked(folder, value, **limits, too_long="drop")
+
+    assert [(f.kind, f.severity) for f in refused.findings] == [("too_long", "error")]
+    assert refused.findings[0].message == "132 tokens, data.max_length is 100"
+    assert [(f.kind, f.severity) for f in dropped.findings] == [("too_long", "warning")]
+    assert (refused.dropped, dropped.dropped) == (0, 1)
+
+
+def test_what_the_original_took_is_a_warning_under_reference_labels(folder):
+    report = checked(folder, turns(("user", "q"), ("user", "q")), labels="reference")
+
+    assert {(found.kind, found.severity) for found in report.findings} == {
+        ("order", "warning"),
+        ("nothing_to_learn", "warning"),
+    }
+
+
+def test_a_header_check_passes_a_picture_cut_short_and_decoding_finds_it(folder):
+    path = folder / "cut.jpg"
+    Image.effect_noise((64, 64), 90).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    value = record("<img>cut.jpg</img>q", "a")
+
+    assert checked(folder, value, decode=False).findings == ()
+    assert [f.kind for f in checked(folder, value).findings] == ["broken_picture"]
+
+
+def test_a_report_has_the_form_that_other_programs_read(folder):
+    report = checked(folder, {"id": 5})
+
+    assert report.as_json() == {
+        "records": 1,
+        "findings": [
+            {
+                "file": str(folder / "train.json"),
+                "record": 0,
+                "id": "5",
+                "severity": "error",
+                "kind": "no_conversations",
+                "message": "the record has no `conversations`",
+                "fix": 'put its turns under "conversations"',
+            }
+        ],
+    }
+    assert isinstance(report.findings[0], Finding)
+
+
+@pytest.mark.parametrize("name", ["conversations.json", "grounding.json", "text_only.jsonl"])
+def test_every_example_is_clean(name):
+    report = check_files([EXAMPLES / name], processor=LetterProcessor(), max_length=400)
+
+    assert report.findings == ()
+    assert report.records >= 4
+
+
+def test_the_boxes_of_the_examples_lie_on_what_they_name():
+    colours = {"circle": (214, 40, 40), "square": (29, 78, 216), "triangle": (42, 157, 74)}
+    picture = open_image(EXAMPLES / "images" / "shapes.png")
+    answer = json.loads((EXAMPLES / "grounding.json").read_text(encoding="utf-8"))[1]
+    boxes, reasons = parse_boxes(answer["conversations"][1]["value"])
+
+    assert reasons == []
+    assert len(boxes) == 3
+    for box in boxes:
+        left, top, right, bottom = box.in_pixels(*picture.size)
+        middle = picture.getpixel((round((left + right) / 2), round((top + bottom) / 2)))
+        assert middle == colours[box.ref.split()[1]]

@@ -1,0 +1,193 @@
+"""Files to records, records to samples with pictures."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from letters import LetterProcessor, record
+from PIL import Image
+
+from vltrain.data.dataset import Record, SampleDataset, read_records, split_records
+from vltrain.errors import VltrainError
+
+LETTERS = LetterProcessor()
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def records_of(*values):
+    return [Record(Path("train.json"), index, value) for index, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_json_list_is_read_with_or_without_a_byte_order_mark(tmp_path, mark):
+    file = written(tmp_path / "train.json", mark + '[{"a": "猫"}, 2]')
+
+    assert read_records(file) == [Record(file, 0, {"a": "猫"}), Record(file, 1, 2)]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_jsonl_lines_keep_their_numbers_though_empty_ones_are_skipped(tmp_path, mark, line_end):
+    text = mark + line_end.join(['{"a": "\u2028"}', "", "  ", '{"b": 2}'])
+    file = written(tmp_path / "train.jsonl", text)
+
+    assert read_records(file) == [Record(file, 0, {"a": "\u2028"}), Record(file, 3, {"b": 2})]
+
+
+def test_a_record_is_named_by_file_and_number():
+    assert Record(Path("data/train.json"), 17, {}).name == "train.json#17"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.json", "", "the file holds no record"),
+        ("a.json", "[]", "the file holds no record"),
+        ("a.jsonl", "\n\n", "the file holds no record"),
+        ("a.json", '{"id": 1}', "the file is not a list of records"),
+        ("a.json", '{"id": 1}\n{"id": 2}\n', "one JSON record per line, not a JSON list"),
+        ("a.json", '[{"id": 1},\n{"id": }]', "not JSON: line 2, column 8"),
+        ("a.json", "[1, 2", "not JSON: line 1"),
+        ("a.json", "[" * 100_000, "not JSON: line 1"),
+        ("a.json", f"[{'9' * 5000}]", "not JSON: line 1"),
+        ("a.json", '["caf\xe9"]'.encode("latin-1"), "line 1 is not UTF-8"),
+        ("a.json", '["x"]'.encode("utf-16"), "line 1 is not UTF-8"),
+        ("a.jsonl", '[{"id": 1}]', "the file is a JSON list, not one record per line"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "#1: not JSON: line 2"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_its_line(tmp_path, name, content, what):
+    with pytest.raises(VltrainError, match=f"{name}.*{what}"):
+        read_records(written(tmp_path / name, content))
+
+
+def test_every_bad_line_is_in_the_error(tmp_path):
+    file = written(tmp_path / "a.jsonl", "{\n{}\n}\n")
+
+    with pytest.raises(VltrainError) as caught:
+        read_records(file)
+
+    assert "a.jsonl#0: " in str(caught.value)
+    assert "a.jsonl#2: " in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_an_error_with_its_path(tmp_path):
+    with pytest.raises(VltrainError, match=r"nowhere\.json cannot be read \(No such file"):
+        read_records(tmp_path / "nowhere.json")
+
+
+def test_a_split_is_the_same_for_the_same_seed_and_keeps_the_order():
+    records = records_of(*range(20))
+
+    train, held_out = split_records(records, share=0.25, seed=3)
+
+    assert (train, held_out) == split_records(records, share=0.25, seed=3)
+    assert held_out != split_records(records, share=0.25, seed=4)[1]
+    assert (len(train), len(held_out)) == (15, 5)
+    assert sorted([*train, *held_out], key=lambda r: r.index) == records
+    assert [r.index for r in train] == sorted(r.index for r in train)
+
+
+def test_a_split_without_a_share_holds_nothing_out():
+    assert split_records(records_of(1, 2), share=0, seed=1) == (records_of(1, 2), [])
+
+
+def test_a_small_share_holds_out_one_record():
+    assert len(split_records(records_of(1, 2, 3), share=0.01, seed=1)[1]) == 1
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (1.0, 9), (-0.1, 9), (0.9, 2)])
+def test_a_split_that_leaves_nothing_to_learn_is_refused(share, count):
+    with pytest.raises(VltrainError, match=r"data\.eval_share"):
+        split_records(records_of(*range(count)), share=share, seed=1)
+
+
+def test_lengths_are_known_before_a_picture_is_opened():
+    records = records_of(record("<img>no.png</img>q", "ok"), record("q", "a"))
+
+    samples = SampleDataset(records, LETTERS)
+
+    assert samples.lengths == [39, 34]
+
+
+def test_a_sample_brings_its_pictures_pixels(tmp_path):
+    Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (9, 2), (40, 50, 60)).save(tmp_path / "b.png")
+    value = record("<img>a.png</img><img>b.png</img>q", "a")
+    samples = SampleDataset([Record(tmp_path / "train.json", 0, value)], LETTERS)
+
+    sample = samples[0]
+
+    assert sample["pixel_values"][:, :, 0, 0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert len(sample["input_ids"]) == len(sample["labels"]) == samples.lengths[0]
+    assert sample["record"] == "train.json#0"
+
+
+def test_a_sample_without_pictures_has_no_pixels():
+    assert set(SampleDataset(records_of(record("q", "a")), LETTERS)[0]) == {
+        *("input_ids", "labels", "record")
+    }
+
+
+def test_a_missing_picture_is_named_with_its_record():
+    samples = SampleDataset(records_of(record("<img>no.png</img>q", "a")), LETTERS)
+
+    with pytest.raises(VltrainError, match=r"^train\.json#0: picture 'no\.png' is missing"):
+        samples[0]
+
+
+def test_a_broken_picture_is_named_with_its_record(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    value = record("<img>a.png</img>q", "a")
+    samples = SampleDataset([Record(tmp_path / "t.json", 4, value)], LETTERS)
+
+    with pytest.raises(VltrainError, match=r"^t\.json#4: picture .*a\.png cannot be read"):
+        samples[0]
+
+
+def test_all_faulty_and_too_long_records_are_in_one_error():
+    values = [record("q", "a"), {}, record("q", "a" * 99), record("q")]
+
+    with pytest.raises(VltrainError) as caught:
+        SampleDataset(records_of(*values), LETTERS, max_length=50)
+
+    message = str(caught.value)
+    assert "train.json#0" not in message
+    assert "train.json#1: the record has no `conversations`" in message
+    assert "train.json#2: 132 tokens, data.max_length is 50" in message
+    assert "train.json#3: no assistant turn says anything" in message
+
+
+def test_too_long_records_are_dropped_and_counted_if_asked():
+    values = [record("q", "a" * 99), record("q", "a")]
+
+    samples = SampleDataset(records_of(*values), LETTERS, max_length=50, too_long="drop")
+
+    assert samples.dropped == 1
+    assert [r.index for r in samples.records] == [1]
+    assert samples.lengths == [34]
+
+
+def test_learned_tokens_and_pictures_are_counted():
+    samples = SampleDataset(records_of(record("<img>no.png</img>q", "abc")), LETTERS)
+
+    assert samples.learned_tokens == [4]
+    assert samples.image_counts == [1]
+
+
+def test_a_dataset_survives_the_way_to_a_worker():
+    samples = SampleDataset(records_of(record("q", "a")), LETTERS)
+
+    assert pickle.loads(pickle.dumps(samples))[0] == samples[0]
+
+
+def test_json_of_records_is_left_as_it_is(tmp_path):
+    value = record("q", "a", id=3, extra=[1.5, None])
+    file = written(tmp_path / "a.json", json.dumps([value]))
+
+    assert read_records(file)[0].value == value
