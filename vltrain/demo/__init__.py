@@ -1,0 +1,1 @@
+"""The demo's pictures, questions, vocabulary and starting weights; no data/, no models/."""

@@ -1,0 +1,98 @@
+"""Which questions make up a record, and on which pictures."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vltrain.demo.questions import Asker, Exchange, Picture
+
+
+class Drawer:
+    """Hands out pictures: all of a number of signs in random order before one comes again."""
+
+    def __init__(self, pictures: dict[int, list[Picture]], rng: np.random.Generator) -> None:
+        self._pictures = pictures
+        self._rng = rng
+        self._left: dict[int, list[int]] = {signs: [] for signs in pictures}
+
+    def __call__(self, *numbers_of_signs: int) -> Picture:
+        """A picture with one of these numbers of signs."""
+        signs = int(self._rng.choice(numbers_of_signs))
+        if not self._left[signs]:
+            self._left[signs] = list(self._rng.permutation(len(self._pictures[signs])))
+        return self._pictures[signs][self._left[signs].pop()]
+
+
+Plan = Callable[[Asker, Drawer], list[Exchange]]
+
+
+def single(asker: Asker, draw: Drawer) -> list[Exchange]:
+    return [asker.single(draw(1))]
+
+
+def several(asker: Asker, draw: Drawer) -> list[Exchange]:
+    return [asker.several(draw(2, 2, 3))]
+
+
+def count(asker: Asker, draw: Drawer) -> list[Exchange]:
+    return [asker.count(draw(1, 2, 3))]
+
+
+def point(asker: Asker, draw: Drawer) -> list[Exchange]:
+    while (exchange := asker.point(draw(1, 2, 3))) is None:
+        pass
+    return [exchange]
+
+
+def compare(asker: Asker, draw: Drawer) -> list[Exchange]:
+    digits = asker.subject == "digit" and asker.rng.random() < 0.5
+    numbers = (1,) if digits else (1, 2, 3)
+    while (exchange := asker.compare(draw(*numbers), draw(*numbers))) is None:
+        pass
+    return [exchange]
+
+
+def single_then_point(asker: Asker, draw: Drawer) -> list[Exchange]:
+    picture = draw(1)
+    return _asked([asker.single(picture), asker.point(picture, shown=True)])
+
+
+def several_then_point(asker: Asker, draw: Drawer) -> list[Exchange]:
+    picture = draw(2, 3)
+    return _asked([asker.several(picture), asker.point(picture, shown=True)])
+
+
+def count_several_point(asker: Asker, draw: Drawer) -> list[Exchange]:
+    picture = draw(2, 3)
+    return _asked(
+        [
+            asker.count(picture),
+            asker.several(picture, shown=True),
+            asker.point(picture, shown=True),
+        ]
+    )
+
+
+def singles_then_compare(asker: Asker, draw: Drawer) -> list[Exchange]:
+    """Two pictures that come one after the other, then a question about both."""
+    first, second = draw(1), draw(1)
+    compared = asker.compare(first, second, bring=())
+    return _asked([asker.single(first), asker.single(second), compared])
+
+
+def _asked(exchanges: Sequence[Exchange | None]) -> list[Exchange]:
+    return [exchange for exchange in exchanges if exchange is not None]
+
+
+def mixed(asker: Asker, picture: Picture) -> list[Exchange]:
+    """Two or three questions about one picture, in any order."""
+    read = asker.single if len(picture.scene.glyphs) == 1 else asker.several
+    questions = [read, asker.count, asker.point]
+    order = list(asker.rng.permutation(3)[: asker.rng.integers(2, 4)])
+    if len(picture.scene.glyphs) == 1:
+        order.sort(key=lambda i: questions[i] == asker.point)  # it names the sign: last
+    # The first one to have an answer brings the picture along.
+    exchanges: list[Exchange] = []
+    for i in order:
+        exchanges += _asked([questions[i](picture, shown=bool(exchanges))])
+    return exchanges
