@@ -116,7 +116,7 @@ class QwenVLProcessor:
         """
         return self.tokenizer.text_ids(text)
 
-    def image_ids(self, source: str) -> list[int]:  # noqa: ARG002 (every picture is as long)
+    def image_ids(self, source: str) -> list[int]:
         """`<img>`, one `<imgpad>` per image token, `</img>`; the file is not read."""
         marks = (IMAGE_START, IMAGE_PAD, IMAGE_END)
         start, pad, end = self.tokenizer.convert_tokens_to_ids(list(marks))
