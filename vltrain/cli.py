@@ -21,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and answers in a third of the time
 )
 
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn whenever `transformers` is imported, of nothing that a user could mend."""
+
 RecipePath = Annotated[
     Path | None,
     typer.Argument(help="The run as YAML; see recipes/. Without it, the built-in defaults."),
@@ -53,6 +56,8 @@ ImageRoot = Annotated[
 def main() -> None:
     """The console entry: a `VltrainError` is a message and exit code 1, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except VltrainError as error:

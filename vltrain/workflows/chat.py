@@ -1,0 +1,245 @@
+"""Questions of a file -> answers of a model: `vltrain chat MODEL --input --output`.
+
+Answers are collected in OUTPUT.partial, which says in its first line what they answer, and get
+their name when all are there. A run that was cut off goes on behind its last answer.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vltrain.data.checks import check_files
+from vltrain.data.conversation import ImagePart, Turn
+from vltrain.data.dataset import Record, read_records
+from vltrain.data.encoding import Processor, prompt_ids
+from vltrain.data.formats import ROLES, conversation_from_record
+from vltrain.data.images import open_image, resolve_image
+from vltrain.errors import VltrainError
+from vltrain.evaluation.generation import Prompt, answer_batches
+from vltrain.models.hub import resolve_model
+from vltrain.models.loading import load_model, load_processor
+from vltrain.workflows.inspect import print_report
+
+ADAPTER_MARK = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """An assistant's turn that a model is to say, and all that was said before it."""
+
+    record: Record
+    turn: int  # among the record's turns as they stand, from 0
+    expected: str  # what the file has there
+    before: tuple[Turn, ...]
+
+    def answered(self, answer: str) -> dict[str, Any]:
+        """The line of the output file."""
+        return {
+            "record": self.record.index,
+            "turn": self.turn,
+            "id": self.record.value.get("id"),
+            "answer": answer,
+            "expected": self.expected,
+        }
+
+
+def answer_file(
+    model: str,
+    questions_file: Path,
+    output: Path,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 512,
+    image_root: Path | None = None,
+    console: Console | None = None,
+) -> None:
+    """Answer every assistant turn of a data file and write one JSON object for each.
+
+    Earlier turns are shown as the file has them, not as the model answered them.
+
+    Args:
+        model: a folder of a base, a merged model or an adapter, or a name on the hub.
+        questions_file: JSON list or JSONL of conversations; what an assistant says in it may be
+            empty where nothing is expected.
+        output: JSONL to write; an older file of that name is replaced once all is answered.
+        batch_size: questions answered side by side.
+        max_new_tokens: tokens after which an answer is cut.
+        image_root: where relative picture paths are looked up first.
+        console: where progress is shown; default stderr.
+
+    Raises:
+        VltrainError: all faults of the file and its pictures, before the model is loaded.
+    """
+    console = console or Console(stderr=True)
+    questions = read_questions(questions_file, image_root, console)
+    folder = resolve_model(model).path
+    task = {
+        "questions": hashlib.sha256(questions_file.read_bytes()).hexdigest(),
+        "image_root": None if image_root is None else str(image_root),
+        "model": fingerprint(folder),
+        "max_new_tokens": max_new_tokens,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_name(f"{output.name}.partial")
+    kept = kept_answers(draft, task, questions)
+    if kept:
+        console.print(f"going on behind {len(kept)} answers of {draft}")
+    network, processor = load_for_answers(folder)
+    prompts = [prompt_of(q, processor, image_root) for q in questions[len(kept) :]]
+    answers = answer_batches(
+        network, processor, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+    # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, goes back to its escape.
+    opened = draft.open("w", encoding="utf-8", errors="backslashreplace")
+    with opened as file, _progress(console) as bar:
+        for row in ({"task": task}, *kept):
+            file.write(_line(row))
+        shown = bar.add_task("answering", total=len(questions), completed=len(kept))
+        for question, answer in zip(questions[len(kept) :], answers, strict=True):
+            file.write(_line(question.answered(answer)))
+            file.flush()
+            bar.advance(shown)
+    write_without_first_line(draft, output)
+    console.print(f"done: {len(questions)} answers in {output}")
+
+
+def read_questions(file: Path, image_root: Path | None, console: Console) -> list[Question]:
+    """Every assistant turn of a file, in its order.
+
+    An assistant turn that opens a record is asked for too, behind nothing but the system turn;
+    to the turns after it it is not shown, as it is not in training.
+
+    Raises:
+        VltrainError: something keeps records from being read, missing and broken pictures
+            included (`console` is told all of it); or there is nothing to answer.
+    """
+    report = check_files([file], image_root=image_root, labels="reference", decode=False)
+    if report.errors:
+        print_report(replace(report, findings=report.errors), console)
+        raise VltrainError.at(
+            str(file),
+            what=f"{len(report.errors)} errors, listed above; nothing was asked",
+            fix="mend them; `vltrain check` finds them too",
+        )
+    questions = []
+    for record in read_records(file):
+        conversation = conversation_from_record(record.value, lenient=True, where=record.name)
+        for position, entry in enumerate(record.value["conversations"]):
+            if ROLES[entry["from"]] == "assistant":
+                before = tuple(t for t in conversation.turns if _position(t) < position)
+                questions.append(Question(record, position, entry["value"], before))
+    if not questions:
+        raise VltrainError.at(
+            str(file),
+            what="no assistant turn is in it, so there is nothing to answer",
+            fix='add {"from": "assistant", "value": ""} where an answer is wanted',
+        )
+    return questions
+
+
+def _position(turn: Turn) -> int:
+    assert turn.position is not None, "turns that were read from a record know their place"
+    return turn.position
+
+
+def prompt_of(question: Question, processor: Processor, image_root: Path | None) -> Prompt:
+    """A question as ids; its pictures are opened when their pixels are asked for."""
+    sources = [
+        part.source
+        for turn in question.before
+        for part in turn.parts
+        if isinstance(part, ImagePart)
+    ]
+
+    def load_pixels() -> Tensor:
+        name, file = question.record.name, question.record.file
+        paths = [
+            resolve_image(source, data_file=file, image_root=image_root, where=name)
+            for source in sources
+        ]
+        pictures = [open_image(path, where=name) for path in paths]
+        return processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    return Prompt(prompt_ids(question.before, processor), load_pixels if sources else None)
+
+
+def load_for_answers(folder: Path) -> tuple[PreTrainedModel, Any]:
+    """A model, on the GPU if there is one, and its processor.
+
+    Weights are bfloat16 on a GPU that has it and float32 elsewhere.
+
+    Args:
+        folder: of a base or merged model, or of an adapter, whose base is found by itself.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    device = "cuda" if on_gpu else "cpu"
+    if (folder / ADAPTER_MARK).is_file():
+        from vltrain.models.adapted import find_base, load_adapted  # peft takes seconds to import
+
+        base = find_base(folder)
+        return load_adapted(folder, base, dtype=dtype).to(device), load_processor(base.path)
+    return load_model(folder, dtype=dtype, device=device), load_processor(folder)
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What tells one set of weights from another without reading them."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    stats = {file.name: file.stat() for file in sorted(files)}
+    return {
+        "folder": str(folder.resolve()),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+
+
+def kept_answers(
+    draft: Path, task: dict[str, Any], questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """The answers that a run of the same task left behind, in the order of the questions.
+
+    A last line that was cut off is dropped. A draft of another task counts for nothing.
+    """
+    if not draft.is_file():
+        return []
+    lines = draft.read_text(encoding="utf-8").split("\n")[:-1]  # a whole line ends with a newline
+    if not lines or lines[0] != _line({"task": task}).rstrip("\n"):
+        return []
+    answers = [json.loads(line) for line in lines[1:]]
+    asked = [(question.record.index, question.turn) for question in questions]
+    assert [(row["record"], row["turn"]) for row in answers] == asked[: len(answers)]
+    return answers
+
+
+def write_without_first_line(draft: Path, output: Path) -> None:
+    """Give the answers their name, without the line about the task."""
+    answers = draft.read_text(encoding="utf-8").partition("\n")[2]
+    whole = output.with_name(f"{output.name}.whole")
+    whole.write_text(answers, encoding="utf-8")
+    os.replace(whole, output)
+    draft.unlink()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
