@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 
 from vltrain.errors import VltrainError
 from vltrain.models.catalog import read_json
@@ -102,7 +103,7 @@ def load_adapted(
     model = load_model(base.path, dtype=dtype)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise VltrainError.at(
             str(adapter),
             what=f"does not fit its base or is not whole ({error})",
