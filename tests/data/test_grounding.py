@@ -1,13 +1,22 @@
 """Boxes in text, read and drawn."""
 
 import logging
+from pathlib import Path
 
+import matplotlib.font_manager
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from vltrain.data.grounding import Box, draw_boxes, parse_boxes, read_boxes
+from vltrain.data.grounding import (
+    Box,
+    draw_boxes,
+    label_font,
+    parse_boxes,
+    read_boxes,
+    wide_font_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +143,34 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_any_text_is_drawn_or_explained(text):
     draw_boxes(Image.new("RGB", (64, 48)), text)
+
+
+@pytest.fixture()
+def fonts(monkeypatch):
+    """Sets which font files this machine seems to have; forgets what was looked up before."""
+
+    def install(*files):
+        monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: list(files))
+        wide_font_file.cache_clear()
+        label_font.cache_clear()
+
+    yield install
+    wide_font_file.cache_clear()
+    label_font.cache_clear()
+
+
+def test_a_font_with_cjk_characters_is_found_by_its_name(fonts):
+    fonts("/fonts/Arial.ttf", "/fonts/NotoSansCJK-Regular.ttc", "/fonts/wqy-zenhei.ttc")
+
+    assert wide_font_file() == Path("/fonts/NotoSansCJK-Regular.ttc")
+
+
+def test_the_log_says_when_no_font_has_cjk_characters(fonts, caplog):
+    fonts("/fonts/Arial.ttf")
+
+    with caplog.at_level(logging.WARNING):
+        draw_boxes(Image.new("RGB", (200, 100)), "<ref>猫</ref><box>(250,500),(750,800)</box>")
+
+    assert caplog.messages == [
+        "no font with CJK characters on this machine: such labels are unreadable"
+    ]

@@ -57,7 +57,7 @@ class Sample:
     @property
     def learned_tokens(self) -> int:
         """How many tokens have a label; the first position has nothing before it to learn from."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE_INDEX)
 
 
 def ids_and_labels(segments: Iterable[Segment]) -> tuple[list[int], list[int]]:
