@@ -145,7 +145,7 @@ def test_any_text_is_drawn_or_explained(text):
     draw_boxes(Image.new("RGB", (64, 48)), text)
 
 
-@pytest.fixture()
+@pytest.fixture
 def fonts(monkeypatch):
     """Sets which font files this machine seems to have; forgets what was looked up before."""
 
