@@ -42,15 +42,15 @@ def load_model(
     """
     folder = resolve_model(str(path)).path
     family = family_of(folder)
-    values = read_json(folder / "config.json")
-    config = family.read_config(values)
+    config = family.read_config(read_json(folder / "config.json"))
     refuse_missing_shards(folder)
-    wanted = _dtype(dtype, values)
+    if isinstance(dtype, str):
+        dtype = checkpoint_dtype(folder) if dtype == "auto" else named_dtype(dtype)
     try:
         model, info = family.model_class.from_pretrained(
             folder,
             config=config,
-            dtype=wanted,
+            dtype=dtype,
             device_map=None if device is None else {"": device},
             output_loading_info=True,
             local_files_only=True,
@@ -114,10 +114,18 @@ def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
-def _dtype(dtype: str | torch.dtype, config: dict[str, Any]) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = config.get("torch_dtype") or config.get("dtype") or "float32" if dtype == "auto" else dtype
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a checkpoint's `config.json` names; float32 where it names none."""
+    config = read_json(folder / "config.json")
+    return named_dtype(config.get("torch_dtype") or config.get("dtype") or "float32")
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype of a name such as "bf16" or "bfloat16".
+
+    Raises:
+        VltrainError: it is no dtype that weights are held in.
+    """
     if name not in DTYPES:
         raise VltrainError.at(
             "dtype", what=f"{name!r} is no dtype of weights", fix="use bf16, fp16 or fp32"

@@ -3,16 +3,71 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftModel
 from safetensors.torch import save_file
 
 from vltrain.models.catalog import read_json
 
+ORIGIN_FILE = "vltrain.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 MAX_SHARD = "2GB"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base that a result was trained from. It travels in the result's folder."""
+
+    name: str  # as the recipe calls it: a folder, or org/name[@revision] on the hub
+    path: Path  # where it lay
+    revision: str | None  # the hub's commit; None for a folder of the user's own
+    hash: str  # of its weights
+
+
+def write_origin(origin: Origin, out: Path) -> None:
+    """Write `vltrain.json` into a result's folder."""
+    base = {
+        "name": origin.name,
+        "path": str(origin.path.resolve()),
+        "revision": origin.revision,
+        "hash": origin.hash,
+    }
+    text = json.dumps({"base": base}, indent=2, ensure_ascii=False)
+    (out / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def save_adapter(model: PeftModel, origin: Origin, out: Path) -> None:
+    """Write an adapter as plain `peft`, with the base's tokenizer and the base's hash beside it.
+
+    Args:
+        model: wrapped by `peft`; its learned modules are saved in their own dtype.
+        origin: the base; the adapter's config names it.
+        out: an existing folder to write into.
+    """
+    for config in model.peft_config.values():
+        if origin.revision is None:
+            config.base_model_name_or_path = str(origin.path.resolve())
+        else:
+            config.base_model_name_or_path = origin.name.partition("@")[0]
+            config.revision = origin.revision
+    model.save_pretrained(str(out), save_embedding_layers=False)
+    for file in companions(origin.path):
+        if file.name != "config.json" and file.suffix != ".py":
+            shutil.copyfile(file, out / file.name)
+    write_origin(origin, out)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a checkpoint that hold no weights: config, tokenizer, settings, code."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != ORIGIN_FILE
+    )
 
 
 def save_like(base: Path, tensors: Mapping[str, torch.Tensor], out: Path) -> None:
@@ -26,9 +81,8 @@ def save_like(base: Path, tensors: Mapping[str, torch.Tensor], out: Path) -> Non
         tensors: by their published names, floating ones all of one dtype.
         out: an existing folder to write into.
     """
-    for file in sorted(base.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(file, out / file.name)
+    for file in companions(base):
+        shutil.copyfile(file, out / file.name)
     _set_config_dtype(out / "config.json", next(iter(tensors.values())).dtype)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD)

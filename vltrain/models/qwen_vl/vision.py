@@ -132,7 +132,9 @@ class Resampler(nn.Module):
             sincos_2d(dim, math.isqrt(sizes.n_queries)), requires_grad=False
         )
         self.query = nn.Parameter(torch.zeros(sizes.n_queries, dim))
-        self.kv_proj = nn.Linear(sizes.width, dim, bias=False)
+        self.kv_proj: nn.Module = (
+            nn.Linear(sizes.width, dim, bias=False) if sizes.width != dim else nn.Identity()
+        )
         self.attn = nn.MultiheadAttention(dim, dim // RESAMPLER_HEAD_DIM, batch_first=True)
         self.ln_q = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.ln_kv = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)

@@ -1,0 +1,302 @@
+"""Recipe -> run directory: the one path for every method."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+
+from vltrain.config import DataConfig, Recipe, unknown_key
+from vltrain.data.checks import check_files
+from vltrain.data.collation import Collator
+from vltrain.data.dataset import Record, SampleDataset, read_records, split_records
+from vltrain.errors import VltrainError
+from vltrain.models.adapters import Adapter, Freeze, add_lora, count_parts, set_learned
+from vltrain.models.catalog import family_of, is_chat_tuned, read_json
+from vltrain.models.family import Family
+from vltrain.models.fingerprint import weights_hash
+from vltrain.models.hub import ResolvedModel, resolve_model
+from vltrain.models.loading import DTYPES, checkpoint_dtype, load_model
+from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
+from vltrain.training.callbacks import MetricsLog, ProgressBar
+from vltrain.training.plot import plot_loss
+from vltrain.training.run_dir import RunDir, checkpoint_step, environment
+from vltrain.training.trainer import Trainer, compute_precision
+from vltrain.workflows.inspect import print_report
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a run starts from."""
+
+    source: ResolvedModel
+    family: Family
+    processor: Any
+    vocabulary_size: int  # rows of the embedding matrix
+
+    @property
+    def folder(self) -> Path:
+        return self.source.path
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What is learned from and, where a recipe asks for it, what is evaluated on."""
+
+    train: SampleDataset
+    evaluation: SampleDataset | None
+
+
+def train(recipe: Recipe, console: Console | None = None) -> None:
+    """Run a recipe to its end: its directory then holds the final adapter or model.
+
+    A run that was cut off goes on from its last whole checkpoint; a finished one is left alone.
+
+    Raises:
+        VltrainError: everything about recipe, data and base that would make the run fail or
+            learn something wrong, before the model is loaded.
+    """
+    console = console or Console()
+    run = RunDir(recipe.output)
+    if run.start(recipe) == "finished":
+        console.print(f"{recipe.output} is finished: its weights are in {run.final}")
+        return
+    arguments = training_arguments(recipe)
+    base = read_base(recipe.model)
+    halves = read_data(console, recipe.data, base, seed=arguments.seed)
+    model = prepare_model(recipe, base, seed=arguments.seed)
+    hash_of_base = weights_hash(base.folder)
+    run.write_environment(
+        environment(
+            dtype=weights_dtype(recipe.dtype),
+            base_path=str(base.folder),
+            base_revision=base.source.revision,
+            base_hash=hash_of_base,
+        )
+    )
+    show_plan(console, recipe, base, model, halves, arguments)
+    fit(console, run, model, base, halves, arguments)
+    save_final(run, recipe, model, base, hash_of_base)
+    plot_loss(run.read_metrics(), run.loss_plot)
+    run.mark_finished()
+    console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}")
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The `trainer:` section as `TrainingArguments`, with what the recipe's other parts imply.
+
+    Raises:
+        VltrainError: a key or a value that `TrainingArguments` does not take.
+    """
+    known = [f.name for f in fields(TrainingArguments) if f.init]
+    for key in recipe.trainer:
+        if key not in known:
+            raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
+    implied = {
+        "use_cpu": not torch.cuda.is_available(),
+        **compute_precision(DTYPES[weights_dtype(recipe.dtype)]),
+        "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "eval_strategy": "no",
+    }
+    settings = implied | _current_names(recipe.trainer, known)
+    try:
+        return TrainingArguments(
+            output_dir=str(recipe.output), remove_unused_columns=False, **settings
+        )
+    except (TypeError, ValueError) as error:
+        raise VltrainError.at(
+            "trainer", what=str(error), fix="see TrainingArguments in transformers' documentation"
+        ) from error
+
+
+def _current_names(settings: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Gradient checkpointing under the name that the installed transformers does not warn of."""
+    if "activation_checkpointing" not in known:
+        return settings
+    return {
+        key.replace("gradient_checkpointing", "activation_checkpointing"): value
+        for key, value in settings.items()
+    }
+
+
+def weights_dtype(dtype: str) -> str:
+    """The recipe's `dtype` resolved: "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def read_base(model: str) -> Base:
+    """Find the base's folder, its family and its processor; no weight is read."""
+    source = resolve_model(model)
+    family = family_of(source.path)
+    config = family.read_config(read_json(source.path / "config.json"))
+    processor = family.read_processor(source.path)
+    return Base(source, family, processor, config.get_text_config().vocab_size)
+
+
+def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> Halves:
+    """Check every file, then read them; eval samples come from their files or from a share.
+
+    Raises:
+        VltrainError: all that is wrong with the files.
+    """
+    files = [*data.files, *data.eval_files]
+    report = check_files(
+        files,
+        processor=base.processor,
+        image_root=data.image_root,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        labels=data.labels,
+    )
+    if report.findings:
+        print_report(report, console)
+    if report.errors:
+        raise VltrainError.at(
+            ", ".join(str(file) for file in files),
+            what=f"{len(report.errors)} errors, listed above; nothing was trained",
+            fix="mend them; `vltrain check` finds them without starting a run",
+        )
+    records = [record for file in data.files for record in read_records(file)]
+    records, held_out = split_records(records, data.eval_share, seed)
+    held_out += [record for file in data.eval_files for record in read_records(file)]
+    return Halves(
+        train=_samples(records, data, base),
+        evaluation=_samples(held_out, data, base) if held_out else None,
+    )
+
+
+def _samples(records: list[Record], data: DataConfig, base: Base) -> SampleDataset:
+    samples = SampleDataset(
+        records,
+        base.processor,
+        labels=data.labels,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        image_root=data.image_root,
+    )
+    if not len(samples):
+        raise VltrainError.at(
+            "data.max_length",
+            what=f"all {samples.dropped} samples are longer than {data.max_length} tokens",
+            fix="raise data.max_length",
+        )
+    return samples
+
+
+def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
+    """The base, loaded, with gradients on what the recipe lets learn."""
+    model = load_model(base.folder, dtype=weights_dtype(recipe.dtype))
+    model.config.use_cache = False
+    freeze = Freeze(recipe.freeze.vision, recipe.freeze.projector, recipe.freeze.language)
+    if recipe.method == "full":
+        return set_learned(model, base.family, freeze)
+    embeddings = recipe.lora.embeddings
+    if embeddings == "auto":
+        embeddings = not is_chat_tuned(base.folder)
+    adapter = Adapter(
+        r=recipe.lora.r,
+        alpha=recipe.lora.alpha,
+        dropout=recipe.lora.dropout,
+        targets=recipe.lora.targets,
+        embeddings=embeddings,
+    )
+    return add_lora(model, base.family, freeze, adapter, seed=seed)
+
+
+def show_plan(
+    console: Console,
+    recipe: Recipe,
+    base: Base,
+    model: PreTrainedModel | PeftModel,
+    halves: Halves,
+    arguments: TrainingArguments,
+) -> None:
+    """What will be learned, from what, in how many steps."""
+    parts = Table(title=f"{recipe.method} · {base.source.name} · {base.family.name}")
+    for title in ("part", "learned", "of"):
+        parts.add_column(title, justify="left" if title == "part" else "right")
+    counts = count_parts(model, base.family)
+    for part, count in counts.items():
+        parts.add_row(part, f"{count.learned:,}", f"{count.total:,}")
+    learned = sum(count.learned for count in counts.values())
+    parts.add_row("all", f"{learned:,}", f"{sum(c.total for c in counts.values()):,}", style="bold")
+    console.print(parts)
+    samples = halves.train
+    step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    console.print(
+        f"{len(samples):,} samples, {sum(samples.lengths):,} tokens "
+        f"({sum(samples.learned_tokens):,} learned), {sum(samples.image_counts):,} pictures; "
+        f"longest {max(samples.lengths):,} tokens, {samples.dropped:,} dropped as too long"
+    )
+    if halves.evaluation is not None:
+        console.print(f"{len(halves.evaluation):,} samples to evaluate on")
+    console.print(
+        f"{step_count(arguments, len(samples)):,} steps of {step:,} samples, "
+        f"weights in {weights_dtype(recipe.dtype)}, on {arguments.device}"
+    )
+
+
+def step_count(arguments: TrainingArguments, samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = samples / arguments.per_device_train_batch_size
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def fit(
+    console: Console,
+    run: RunDir,
+    model: PreTrainedModel | PeftModel,
+    base: Base,
+    halves: Halves,
+    arguments: TrainingArguments,
+) -> None:
+    """Train, from the last whole checkpoint if there is one."""
+    checkpoint = run.last_checkpoint()
+    run.cut_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
+    if checkpoint is not None:
+        console.print(f"resuming from {checkpoint}")
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=halves.train,
+        eval_dataset=halves.evaluation,
+        data_collator=Collator(base.processor.pad_id),
+        callbacks=[MetricsLog(run.append_metrics), ProgressBar(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def save_final(
+    run: RunDir,
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    base: Base,
+    hash_of_base: str,
+) -> None:
+    """Write the adapter, or the whole model in the base's layout and dtype, as a draft."""
+    shutil.rmtree(run.final_draft, ignore_errors=True)
+    run.final_draft.mkdir()
+    origin = Origin(base.source.name, base.source.path, base.source.revision, hash_of_base)
+    if isinstance(model, PeftModel):
+        save_adapter(model, origin, run.final_draft)
+    else:
+        dtype = checkpoint_dtype(base.folder)
+        tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+        save_like(base.folder, tensors, run.final_draft)
+        write_origin(origin, run.final_draft)
