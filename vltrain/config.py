@@ -221,12 +221,13 @@ class _RecipeLoader(yaml.SafeLoader):
     """YAML with people's floats, without dates, and where a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for (key, _), name in zip(node.value, names, strict=True):
-            if names.count(name) > 1:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
                 raise yaml.MarkedYAMLError(
-                    problem=f"`{name}` is written twice", problem_mark=key.start_mark
+                    problem=f"`{key.value}` is written twice", problem_mark=key.start_mark
                 )
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -389,11 +390,10 @@ def _known_keys() -> list[str]:
 
 
 def _origin(key: str, where: str, origins: dict[str, str]) -> str:
-    """The flag that wrote a key or its section, else the recipe itself."""
-    while key:
-        if key in origins:
-            return origins[key]
-        key = key.rpartition(".")[0]
+    """The flag that wrote a key, its section or something in it; else the recipe itself."""
+    for written, flag in reversed(origins.items()):  # the last to write wins
+        if f"{key}.".startswith(f"{written}.") or written.startswith(f"{key}."):
+            return flag
     return where
 
 
