@@ -1,0 +1,230 @@
+"""Answering a file: which turns are asked, what the model is shown, what is written."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tiny import IMAGE_START_ID, write_qwen_vl
+
+from vltrain.errors import VltrainError
+from vltrain.models import load_processor
+from vltrain.workflows.chat import answer_file, prompt_of, read_questions
+
+SYSTEM = b"\x01system\nYou are a helpful assistant.\x02\n"  # 1 and 2 stand for the turn's marks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_qwen_vl(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def turn(who: str, text: str) -> dict[str, str]:
+    return {"from": who, "value": text}
+
+
+def write_data(folder: Path, *conversations: list[dict[str, str]]) -> Path:
+    records = [{"id": f"r{i}", "conversations": turns} for i, turns in enumerate(conversations)]
+    file = folder / "questions.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def ids(layout: bytes) -> list[int]:
+    """Bytes as ids of the toy vocabulary; 1 is <|im_start|>, 2 is <|im_end|>."""
+    return [{1: 257, 2: 258}.get(byte, byte) for byte in layout]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    return write_data(
+        tmp_path,
+        [turn("user", "one"), turn("assistant", "1"), turn("user", "two"), turn("gpt", "2")],
+        [turn("assistant", "hello"), turn("human", "<img>red.png</img>c?"), turn("assistant", "")],
+        [turn("system", "Be brief."), turn("user", "你好"), turn("assistant", "好")],
+    )
+
+
+def test_every_assistant_turn_is_asked_under_its_place_in_the_file(data: Path, console: Console):
+    asked = [(q.record.index, q.turn, q.expected) for q in read_questions(data, None, console)]
+
+    assert asked == [(0, 1, "1"), (0, 3, "2"), (1, 0, "hello"), (1, 2, ""), (2, 2, "好")]
+
+
+def test_a_prompt_has_the_earlier_turns_as_the_file_has_them(
+    data: Path, model: Path, console: Console
+):
+    processor = load_processor(model)
+    questions = read_questions(data, None, console)
+
+    prompts = [prompt_of(question, processor, None).input_ids for question in questions]
+
+    picture = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
+    assert prompts[0] == ids(SYSTEM + b"\x01user\none\x02\n\x01assistant\n")
+    assert prompts[1] == ids(
+        SYSTEM + b"\x01user\none\x02\n\x01assistant\n1\x02\n\x01user\ntwo\x02\n\x01assistant\n"
+    )
+    assert prompts[2] == ids(SYSTEM + b"\x01assistant\n")
+    assert prompts[3] == [
+        *ids(SYSTEM + b"\x01user\n"),
+        *picture,
+        *ids(b"c?\x02\n\x01assistant\n"),
+    ]
+    assert prompts[4] == ids(
+        b"\x01system\nBe brief.\x02\n\x01user\n" + "你好".encode() + b"\x02\n\x01assistant\n"
+    )
+
+
+def test_a_prompts_pictures_are_those_of_the_turns_before_it(
+    data: Path, model: Path, console: Console
+):
+    processor = load_processor(model)
+    before, _, opening, with_picture, _ = read_questions(data, None, console)
+
+    assert prompt_of(before, processor, None).load_pixels is None
+    assert prompt_of(opening, processor, None).load_pixels is None
+    pixels = prompt_of(with_picture, processor, None).load_pixels()
+    assert pixels.shape == (1, 3, 56, 56)
+    assert torch.allclose(pixels[0, 0], torch.tensor((1 - 0.48145466) / 0.26862954))
+
+
+def test_the_output_has_one_object_for_each_assistant_turn(
+    data: Path, model: Path, console: Console
+):
+    output = data.parent / "deep" / "answers.jsonl"
+
+    answer_file(str(model), data, output, max_new_tokens=3, console=console)
+
+    written = rows(output)
+    assert [list(row) for row in written] == [["record", "turn", "id", "answer", "expected"]] * 5
+    assert [(row["record"], row["turn"], row["id"]) for row in written] == [
+        (0, 1, "r0"),
+        (0, 3, "r0"),
+        (1, 0, "r1"),
+        (1, 2, "r1"),
+        (2, 2, "r2"),
+    ]
+    assert [row["expected"] for row in written] == ["1", "2", "hello", "", "好"]
+    assert "done: 5 answers" in console.file.getvalue()
+    assert [file.name for file in output.parent.iterdir()] == ["answers.jsonl"]
+
+
+def cut_off_after(answers: int, whole: Path, task: dict[str, Any], draft: Path) -> None:
+    """The draft of a run that was killed while it wrote the answer after so many."""
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    first = json.dumps({"task": task}, ensure_ascii=False) + "\n"
+    draft.write_text(first + "".join(lines[:answers]) + lines[answers][:20], encoding="utf-8")
+
+
+@pytest.fixture
+def task_of_a_killed_run(
+    data: Path, model: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """What the first line of a draft says, from a run that broke off before any answer."""
+    with monkeypatch.context() as patch:
+        patch.setattr("vltrain.workflows.chat.os.replace", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            answer_file(
+                str(model), data, data.parent / "a.jsonl", max_new_tokens=3, console=console
+            )
+    draft = data.parent / "a.jsonl.partial"
+    return json.loads(draft.read_text(encoding="utf-8").splitlines()[0])["task"]
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_was_cut_off_goes_on_behind_its_last_whole_answer(
+    data: Path, model: Path, console: Console, task_of_a_killed_run: dict[str, Any]
+):
+    output = data.parent / "a.jsonl"
+    draft = data.parent / "a.jsonl.partial"
+    answer_file(str(model), data, data.parent / "whole.jsonl", max_new_tokens=3, console=console)
+    marked = (data.parent / "whole.jsonl").read_text(encoding="utf-8")
+    cut_off_after(2, data.parent / "whole.jsonl", task_of_a_killed_run, draft)
+
+    answer_file(str(model), data, output, max_new_tokens=3, console=console)
+
+    assert "going on behind 2 answers" in console.file.getvalue()
+    assert output.read_text(encoding="utf-8") == marked
+    assert not draft.exists()
+
+
+def test_answers_to_another_task_are_not_kept(
+    data: Path, model: Path, console: Console, task_of_a_killed_run: dict[str, Any]
+):
+    output = data.parent / "a.jsonl"
+
+    answer_file(str(model), data, output, max_new_tokens=2, console=console)
+
+    assert "going on" not in console.file.getvalue()
+    assert len(rows(output)) == 5
+
+
+def test_an_older_output_is_replaced(data: Path, model: Path, console: Console):
+    output = data.parent / "answers.jsonl"
+    output.write_text("of another day\n")
+
+    answer_file(str(model), data, output, max_new_tokens=1, console=console)
+
+    assert len(rows(output)) == 5
+
+
+def test_half_a_surrogate_pair_comes_back_as_its_escape(
+    tmp_path: Path, model: Path, console: Console
+):
+    data = write_data(tmp_path, [turn("user", "x"), turn("assistant", "\ud800")])
+    output = tmp_path / "answers.jsonl"
+
+    answer_file(str(model), data, output, max_new_tokens=1, console=console)
+
+    assert rows(output)[0]["expected"] == "\ud800"
+
+
+def test_missing_pictures_are_told_before_a_model_is_loaded(tmp_path: Path, console: Console):
+    data = write_data(
+        tmp_path,
+        [turn("user", "<img>gone.png</img>a"), turn("assistant", "a")],
+        [turn("user", "<img>lost.png</img>b"), turn("assistant", "b")],
+    )
+
+    with pytest.raises(VltrainError, match="2 errors, listed above; nothing was asked"):
+        answer_file("no-such-model", data, tmp_path / "answers.jsonl", console=console)
+
+    told = console.file.getvalue()
+    assert "gone.png" in told
+    assert "lost.png" in told
+
+
+def test_pictures_are_looked_up_under_the_image_root(tmp_path: Path, model: Path, console: Console):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "a.png")
+    data = write_data(tmp_path, [turn("user", "<img>a.png</img>a"), turn("assistant", "a")])
+    output = tmp_path / "answers.jsonl"
+
+    answer_file(str(model), data, output, max_new_tokens=1, image_root=pictures, console=console)
+
+    assert len(rows(output)) == 1
+
+
+def test_a_file_without_assistant_turns_has_nothing_to_answer(tmp_path: Path, console: Console):
+    data = write_data(tmp_path, [turn("user", "a")])
+
+    with pytest.raises(VltrainError, match="nothing"):
+        read_questions(data, None, console)
