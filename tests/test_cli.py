@@ -1,0 +1,167 @@
+"""What the user types: help, version, exit codes, and which words reach which workflow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import vltrain.workflows.chat
+import vltrain.workflows.inspect
+import vltrain.workflows.merge
+import vltrain.workflows.train
+from vltrain.cli import app, main
+from vltrain.config import load_recipe
+from vltrain.errors import VltrainError
+
+COMMANDS = ("full", "lora", "merge", "chat", "check", "demo")
+
+
+def run_module(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vltrain", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls that reach a workflow: its name, positional and named arguments."""
+    calls: list[tuple] = []
+    for module, name in (
+        (vltrain.workflows.train, "train"),
+        (vltrain.workflows.merge, "merge"),
+        (vltrain.workflows.chat, "answer_file"),
+        (vltrain.workflows.inspect, "check"),
+    ):
+
+        def record(*args, _name=name, **kwargs) -> int:
+            calls.append((_name, args, kwargs))
+            return 0
+
+        monkeypatch.setattr(module, name, record)
+    return calls
+
+
+def type_in(*words: str) -> int:
+    return CliRunner().invoke(app, list(words), catch_exceptions=False).exit_code
+
+
+def test_help_lists_every_command():
+    done = run_module("--help")
+
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str):
+    assert type_in(command, "--help") == 0
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from vltrain.cli import app\n"
+        "app(['--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml', 'PIL', 'rich'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version_is_said():
+    assert run_module("--version").stdout == "vltrain 0.1.0\n"
+
+
+def test_no_command_is_a_usage_error():
+    assert run_module().returncode == 2
+
+
+def test_an_unknown_option_is_a_usage_error():
+    assert run_module("lora", "--rank", "8").returncode == 2
+
+
+def test_a_mistake_of_the_user_is_a_message_and_no_traceback(tmp_path: Path):
+    done = run_module("lora", str(tmp_path / "none.yaml"))
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'none.yaml'}: the recipe cannot be read")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_console_entry_turns_an_error_into_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys):
+    def fail(*_: object, **__: object) -> None:
+        raise VltrainError.at("data.json#3", what="is broken", fix="mend it")
+
+    monkeypatch.setattr(vltrain.workflows.merge, "merge", fail)
+    monkeypatch.setattr(sys, "argv", ["vltrain", "merge", "a", "b"])
+
+    with pytest.raises(SystemExit) as exit_:
+        main()
+
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: data.json#3: is broken\n  fix: mend it\n"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_gets_the_recipe_of_file_flags_and_overrides(
+    called: list[tuple], method: str, tmp_path: Path
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trainer:\n  max_steps: 3\n")
+
+    code = type_in(
+        *(method, str(recipe), "--model", "base", "--data", "a.json", "--data", "b.json"),
+        *("--output", "runs/a", "--set", "data.max_length=64", "--set", "trainer.seed=1"),
+    )
+
+    expected = load_recipe(
+        recipe,
+        method=method,
+        model="base",
+        data=[Path("a.json"), Path("b.json")],
+        output=Path("runs/a"),
+        overrides=["data.max_length=64", "trainer.seed=1"],
+    )
+    assert code == 0
+    assert called == [("train", (expected,), {})]
+
+
+def test_merge_gets_adapter_out_and_base(called: list[tuple]):
+    type_in("merge", "runs/a/final", "merged", "--base", "elsewhere")
+
+    assert called == [
+        ("merge", (Path("runs/a/final"), Path("merged")), {"base": "elsewhere"}),
+    ]
+
+
+def test_chat_gets_model_input_and_output(called: list[tuple]):
+    type_in("chat", "org/name@v1", "--input", "q.json", "--output", "a.jsonl", "--batch-size", "4")
+
+    assert called == [
+        (
+            "answer_file",
+            ("org/name@v1", Path("q.json"), Path("a.jsonl")),
+            {"batch_size": 4, "max_new_tokens": 512, "image_root": None},
+        )
+    ]
+
+
+def test_chat_without_a_file_to_answer_is_a_usage_error(called: list[tuple]):
+    assert type_in("chat", "model") == 2
+    assert called == []
+
+
+def test_check_exits_with_the_code_of_its_findings(tmp_path: Path):
+    clean = tmp_path / "clean.json"
+    turns = '[{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]'
+    clean.write_text(f'[{{"id": "x", "conversations": {turns}}}]')
+    broken = tmp_path / "broken.json"
+    broken.write_text("[{")
+
+    assert type_in("check", str(clean)) == 0
+    assert type_in("check", str(clean), str(broken), "--json") == 1
