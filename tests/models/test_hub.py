@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_a_cached_name_needs_no_hub(hub, tmp_path):
 
     assert offline == online
     assert hub.asked == []
+
+
+def test_a_cached_commit_needs_no_hub_and_no_list_of_its_files(hub, tmp_path):
+    online = ask(tmp_path, hub.address, "org/model@v1")
+    shutil.rmtree(tmp_path / "hub" / "models--org--model" / "trees", ignore_errors=True)
+    hub.stop()
+
+    refused = ask(tmp_path, hub.address, f"org/model@{FIRST}")
+    offline = ask(tmp_path, hub.address, f"org/model@{FIRST}", offline=True)
+
+    for (answer,) in (refused, offline):
+        assert answer["files"] == online[0]["files"]
+        assert answer["revision"] == FIRST
 
 
 def test_a_cached_name_answers_when_the_hub_refuses_connections(hub, tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -107,11 +109,13 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     """Fetch the needed files of one revision, or find them in the cache."""
 
     def fetch(*files: str) -> Path:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]
-            )
-        )
+        chosen = {"allow_patterns": list(files), "ignore_patterns": ["*/*"]}
+        try:
+            return Path(snapshot_download(repo, revision=revision, **chosen))
+        except HfHubHTTPError:
+            raise  # the hub has answered
+        except (OfflineModeIsEnabled, HTTPError):  # some versions ask it even for a cached commit
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True, **chosen))
 
     folder = fetch(*DESCRIPTION_FILES, *SAFETENSORS_FILES)
     if not any(folder.glob(SAFETENSORS_FILES[0])):
