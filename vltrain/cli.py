@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +23,7 @@ app = typer.Typer(
 )
 
 NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn whenever `transformers` is imported, of nothing that a user could mend."""
+"""Loggers that warn, whenever `transformers` is imported, of nothing that a user could mend."""
 
 RecipePath = Annotated[
     Path | None,
@@ -58,6 +59,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except VltrainError as error:

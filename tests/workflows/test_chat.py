@@ -12,8 +12,13 @@ from rich.console import Console
 from tiny import IMAGE_START_ID, write_qwen_vl
 
 from vltrain.errors import VltrainError
-from vltrain.models import load_processor
+from vltrain.models import load_model, load_processor
+from vltrain.models.adapters import Adapter, Freeze, add_lora
+from vltrain.models.catalog import QWEN_VL
+from vltrain.models.fingerprint import weights_hash
+from vltrain.models.saving import Origin, save_adapter
 from vltrain.workflows.chat import answer_file, prompt_of, read_questions
+from vltrain.workflows.merge import merge
 
 SYSTEM = b"\x01system\nYou are a helpful assistant.\x02\n"  # 1 and 2 stand for the turn's marks
 
@@ -174,6 +179,26 @@ def test_answers_to_another_task_are_not_kept(
 
     assert "going on" not in console.file.getvalue()
     assert len(rows(output)) == 5
+
+
+def test_an_adapter_answers_like_the_model_that_it_merges_into(
+    data: Path, model: Path, console: Console, tmp_path: Path
+):
+    adapted = add_lora(load_model(model), QWEN_VL, Freeze(), Adapter(r=4), seed=1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.05)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_adapter(adapted, Origin(str(model), model, None, weights_hash(model)), adapter)
+    merge(adapter, tmp_path / "merged", console=console)
+
+    answers = {}
+    for name in ("adapter", "merged", str(model)):
+        output = tmp_path / f"{Path(name).name}.jsonl"
+        answer_file(str(tmp_path / name), data, output, max_new_tokens=5, console=console)
+        answers[name] = [row["answer"] for row in rows(output)]
+    assert answers["adapter"] == answers["merged"] != answers[str(model)]
 
 
 def test_an_older_output_is_replaced(data: Path, model: Path, console: Console):
