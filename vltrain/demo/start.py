@@ -38,7 +38,11 @@ POSITIONS = 256  # rows of the ViT's positions, whatever the picture's size
 
 ATTENTION_SHARE = 0.2  # of the usual size: query and key weights
 IMAGE_GAIN = 3.0  # times the size of a word's embedding: image tokens
-PEAK = 2.0  # how sharply a query of the resampler looks at its own place
+PLACE_WAVES = 8  # of the WIDTH / 4 waves of a position, the quickest
+PEAK = 5.0  # how sharply a query of the resampler looks at its own place
+KERNEL_CELLS = 5  # a patch kernel is this many random cells a side, smoothed
+KERNEL_GAIN = 0.5
+COLOUR_KERNELS = 16  # of VISION_WIDTH, those that answer to an even colour
 
 CONFIG: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
@@ -61,7 +65,7 @@ CONFIG: dict[str, Any] = {
     "use_dynamic_ntk": True,
     "use_logn_attn": True,
     "tokenizer_class": "QWenTokenizer",
-    "torch_dtype": "float32",
+    "torch_dtype": "bfloat16",
     "visual": {
         "image_size": CANVAS_SIZE,
         "patch_size": PATCH_SIZE,
@@ -86,7 +90,8 @@ GENERATION_CONFIG = {
 
 def write_start(folder: Path, seed: int = 0) -> None:
     """Write a model to pretrain, in the published layout, into a new folder."""
-    from safetensors.numpy import save_file
+    import torch
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     for name, content in (
@@ -98,7 +103,8 @@ def write_start(folder: Path, seed: int = 0) -> None:
     vocabulary = tiktoken_file(learn_ranks(every_text(), RANKS))
     (folder / "qwen.tiktoken").write_text(vocabulary, encoding="utf-8")
     weights = starting_weights(np.random.default_rng(seed))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: torch.from_numpy(value).bfloat16() for name, value in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def starting_weights(rng: np.random.Generator) -> Weights:
@@ -144,10 +150,8 @@ def _decoder_layer(rng: np.random.Generator) -> Weights:
 
 
 def _vision(rng: np.random.Generator) -> Weights:
-    inputs = 3 * PATCH_SIZE**2
-    kernel = (VISION_WIDTH, 3, PATCH_SIZE, PATCH_SIZE)
     weights = {
-        "conv1.weight": _normal(rng, kernel, 1 / math.sqrt(inputs)),
+        "conv1.weight": _patch_kernels(rng),
         "positional_embedding": sincos_positions(VISION_WIDTH, math.isqrt(POSITIONS)),
         **_layer_norm("ln_pre", VISION_WIDTH),
         **_layer_norm("ln_post", WIDTH),
@@ -179,23 +183,46 @@ def _vision_layer(rng: np.random.Generator) -> Weights:
     }
 
 
+def _patch_kernels(rng: np.random.Generator) -> NDArray[np.float32]:
+    """What the ViT first sees of a patch: float32 [width, 3, pixels, pixels].
+
+    Smooth, as strokes are. Most kernels sum to zero, so that they answer to ink and not to the
+    canvas' colour.
+    """
+    coarse = rng.normal(size=(VISION_WIDTH * 3, KERNEL_CELLS, KERNEL_CELLS))
+    places = (np.arange(PATCH_SIZE) + 0.5) / PATCH_SIZE * KERNEL_CELLS - 0.5
+    nearness = np.exp(-((places[:, None] - np.arange(KERNEL_CELLS)) ** 2))  # [pixels, cells]
+    kernels = nearness @ coarse @ nearness.T
+    kernels = kernels.reshape(VISION_WIDTH, 3, PATCH_SIZE, PATCH_SIZE)
+    contrast = kernels[COLOUR_KERNELS:]
+    contrast -= contrast.mean(axis=(2, 3), keepdims=True)
+    kernels /= np.sqrt((kernels**2).sum(axis=(1, 2, 3), keepdims=True))
+    kernels[:COLOUR_KERNELS] /= PATCH_SIZE  # an even patch sums up over all of its pixels
+    return (kernels * KERNEL_GAIN).astype(np.float32)
+
+
 def _resampler(rng: np.random.Generator) -> Weights:
-    """One head; query and key are scaled copies of their inputs, so that equal places meet."""
-    place = np.eye(WIDTH, dtype=np.float32) * np.float32(math.sqrt(PEAK))
+    """One head, whose queries and keys begin as nothing but their places.
+
+    Only the quickest waves of the positions tell one place from its neighbour. Their channels
+    are what query and key begin with, and `kv_proj` leaves them free of content.
+    """
+    quick = np.tile(np.arange(WIDTH // 4) < PLACE_WAVES, 4)
+    place = np.diag(quick).astype(np.float32) * np.float32(PEAK)
+    content = _normal(rng, (WIDTH, VISION_WIDTH), 1 / math.sqrt(VISION_WIDTH))
+    content[quick] = 0
     value = np.eye(WIDTH, dtype=np.float32)
     return {
         "pos_embed": sincos_positions(WIDTH, math.isqrt(QUERIES)),
         "query": _normal(rng, (QUERIES, WIDTH), 0.02),
-        "kv_proj.weight": _normal(rng, (WIDTH, VISION_WIDTH), 1 / math.sqrt(VISION_WIDTH)),
+        "kv_proj.weight": content,
         "attn.in_proj_weight": np.concatenate([place, place, value]),
         "attn.in_proj_bias": _zeros(3 * WIDTH),
         "attn.out_proj.weight": value.copy(),
         "attn.out_proj.bias": _zeros(WIDTH),
-        # Small: a query is nearly its position alone, and a key mostly.
-        "ln_q.weight": _ones(WIDTH) * np.float32(0.1),
+        "ln_q.weight": _ones(WIDTH) * np.float32(0.1),  # a query is nearly its position alone
         "ln_q.bias": _zeros(WIDTH),
-        "ln_kv.weight": _ones(WIDTH) * np.float32(0.3),
-        "ln_kv.bias": _zeros(WIDTH),
+        **_layer_norm("ln_kv", WIDTH),
     }
 
 
