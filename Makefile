@@ -30,10 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: demo/merged_answers.jsonl demo/base_answers.jsonl
 	$(VLTRAIN) demo demo --score
 
-demo/heldout.json: | $(INSTALLED)
+demo/train.json: | $(INSTALLED)
 	$(VLTRAIN) demo demo
 
-demo/run/final/adapter_config.json: demo/heldout.json
+demo/run/final/adapter_config.json: demo/train.json
 	$(VLTRAIN) check demo/train.json --model demo/model
 	$(VLTRAIN) lora recipes/demo_lora.yaml
 	touch -c $@
@@ -41,7 +41,7 @@ demo/run/final/adapter_config.json: demo/heldout.json
 demo/merged/config.json: demo/run/final/adapter_config.json
 	$(VLTRAIN) merge demo/run/final demo/merged
 
-demo/base_answers.jsonl: demo/heldout.json
+demo/base_answers.jsonl: demo/train.json
 	$(VLTRAIN) chat demo/model --input demo/heldout.json --output $@
 
 demo/merged_answers.jsonl: demo/merged/config.json

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vltrain.workflows.chat
+import vltrain.workflows.demo
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
 import vltrain.workflows.train
@@ -31,6 +32,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.merge, "merge"),
         (vltrain.workflows.chat, "answer_file"),
         (vltrain.workflows.inspect, "check"),
+        (vltrain.workflows.demo, "write_demo"),
+        (vltrain.workflows.demo, "score_demo"),
     ):
 
         def record(*args, _name=name, **kwargs) -> int:
@@ -154,6 +157,13 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
 def test_chat_without_a_file_to_answer_is_a_usage_error(called: list[tuple]):
     assert type_in("chat", "model") == 2
     assert called == []
+
+
+def test_demo_writes_or_scores(called: list[tuple]):
+    type_in("demo", "demo")
+    type_in("demo", "demo", "--score")
+
+    assert called == [("write_demo", (Path("demo"),), {}), ("score_demo", (Path("demo"),), {})]
 
 
 def test_check_exits_with_the_code_of_its_findings(tmp_path: Path):

@@ -223,13 +223,20 @@ def check(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write into.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The demo's folder.")],
+    score: Annotated[
+        bool,
+        typer.Option("--score", help="Score the answers of base and merged model that are there."),
+    ] = False,
 ) -> None:
     """Write a tiny model and data to try all on.
 
     A Qwen-VL of 1.9 million parameters and pictures of real handwritten digits, with questions
     and boxes: every command runs with them on a laptop's CPU.
     """
-    from vltrain.workflows.demo import write_demo
+    from vltrain.workflows.demo import score_demo, write_demo
 
-    write_demo(folder)
+    if score:
+        score_demo(folder)
+    else:
+        write_demo(folder)
