@@ -1,6 +1,7 @@
 """The words the user types. A command parses, calls one workflow, and imports it only then."""
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -56,6 +57,9 @@ ImageRoot = Annotated[
 
 def main() -> None:
     """The console entry: a `VltrainError` is a message and exit code 1, not a traceback."""
+    # Threads that wait for work give their core away; spinning, they make a tiny model on two busy
+    # cores several times slower. Read when torch is imported, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)

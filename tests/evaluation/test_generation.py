@@ -70,6 +70,18 @@ def test_answers_are_greedy_though_the_checkpoint_samples(model, processor, prom
     assert answer == answer_text(ids[-4:], processor)
 
 
+def test_a_place_for_a_picture_is_never_said(folder, processor, prompts):
+    model = load_model(folder)
+    with torch.no_grad():  # every hidden state now points at <imgpad>, id 472
+        model.lm_head.weight[472] = 100 * model.lm_head.weight.abs().sum(0)
+        model.transformer.ln_f.weight.abs_()
+        model.lm_head.weight.abs_()
+
+    (answer,) = answer_batches(model, processor, prompts[:1], batch_size=1, max_new_tokens=3)
+
+    assert "<imgpad>" not in answer
+
+
 def test_a_model_in_training_mode_is_put_into_eval_mode(model, processor, prompts):
     model.train()
 

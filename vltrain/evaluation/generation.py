@@ -28,6 +28,7 @@ class Speaker(Protocol):
     tokenizer: Decoder
     turn_end_id: int
     pad_id: int  # also what a model says after all there is to say
+    image_pad_id: int  # the place of an image token, which nobody can say
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def greedy(processor: Speaker, max_new_tokens: int) -> GenerationConfig:
         max_new_tokens=max_new_tokens,
         eos_token_id=[processor.turn_end_id, processor.pad_id],
         pad_token_id=processor.pad_id,
+        suppress_tokens=[processor.image_pad_id],
     )
 
 

@@ -108,6 +108,11 @@ class QwenVLProcessor:
         """The id of `<|endoftext|>`, which fills up a batch."""
         return self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
 
+    @property
+    def image_pad_id(self) -> int:
+        """The id of `<imgpad>`, whose place an image token takes."""
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+
     def text_ids(self, text: str) -> list[int]:
         """The ids of what somebody wrote.
 
