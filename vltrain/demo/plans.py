@@ -6,6 +6,8 @@ import numpy as np
 
 from vltrain.demo.questions import Asker, Exchange, Picture
 
+OTHERS_SHARE = 0.35  # of the pictures to pretrain on: how often one is counted, or pointed at
+
 
 class Drawer:
     """Hands out pictures: all of a number of signs in random order before one comes again."""
@@ -85,10 +87,14 @@ def _asked(exchanges: Sequence[Exchange | None]) -> list[Exchange]:
 
 
 def mixed(asker: Asker, picture: Picture) -> list[Exchange]:
-    """Two or three questions about one picture, in any order."""
+    """One to three questions about one picture, in any order: reading it is always one of them.
+
+    Reading is what a model learns last, and a box has ten times the tokens of a sign.
+    """
     read = asker.single if len(picture.scene.glyphs) == 1 else asker.several
-    questions = [read, asker.count, asker.point]
-    order = list(asker.rng.permutation(3)[: asker.rng.integers(2, 4)])
+    questions = [read]
+    questions += [q for q in (asker.count, asker.point) if asker.rng.random() < OTHERS_SHARE]
+    order = list(asker.rng.permutation(len(questions)))
     if len(picture.scene.glyphs) == 1:
         order.sort(key=lambda i: questions[i] == asker.point)  # it names the sign: last
     # The first one to have an answer brings the picture along.

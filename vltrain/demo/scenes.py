@@ -79,10 +79,9 @@ def _heights(glyphs: Sequence[Glyph], rng: np.random.Generator) -> list[float]:
 
 
 def _colours(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A canvas with a slight gradient, float32 [112, 112, 3], and an ink that stands out."""
-    paper = rng.uniform(0, 255, size=3)
-    ink = rng.uniform(0, 255, size=3)
-    while abs(LUMINANCE @ (paper - ink)) < LEAST_CONTRAST:
+    """A canvas with a slight gradient, float32 [112, 112, 3], and an ink darker than it."""
+    paper, ink = rng.uniform(0, 255, size=(2, 3))
+    while LUMINANCE @ (paper - ink) < LEAST_CONTRAST:
         paper, ink = rng.uniform(0, 255, size=(2, 3))
     steps = np.linspace(-1, 1, CANVAS_SIZE, dtype=np.float32)
     across, down = rng.uniform(-12, 12, size=2)
