@@ -1,6 +1,6 @@
 """Which questions make up a record, and on which pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,9 +41,7 @@ def count(asker: Asker, draw: Drawer) -> list[Exchange]:
 
 
 def point(asker: Asker, draw: Drawer) -> list[Exchange]:
-    while (exchange := asker.point(draw(1, 2, 3))) is None:
-        pass
-    return [exchange]
+    return [asker.point(draw(1, 2, 3))]
 
 
 def compare(asker: Asker, draw: Drawer) -> list[Exchange]:
@@ -56,34 +54,29 @@ def compare(asker: Asker, draw: Drawer) -> list[Exchange]:
 
 def single_then_point(asker: Asker, draw: Drawer) -> list[Exchange]:
     picture = draw(1)
-    return _asked([asker.single(picture), asker.point(picture, shown=True)])
+    return [asker.single(picture), asker.point(picture, shown=True)]
 
 
 def several_then_point(asker: Asker, draw: Drawer) -> list[Exchange]:
     picture = draw(2, 3)
-    return _asked([asker.several(picture), asker.point(picture, shown=True)])
+    return [asker.several(picture), asker.point(picture, shown=True)]
 
 
 def count_several_point(asker: Asker, draw: Drawer) -> list[Exchange]:
     picture = draw(2, 3)
-    return _asked(
-        [
-            asker.count(picture),
-            asker.several(picture, shown=True),
-            asker.point(picture, shown=True),
-        ]
-    )
+    return [
+        asker.count(picture),
+        asker.several(picture, shown=True),
+        asker.point(picture, shown=True),
+    ]
 
 
 def singles_then_compare(asker: Asker, draw: Drawer) -> list[Exchange]:
     """Two pictures that come one after the other, then a question about both."""
     first, second = draw(1), draw(1)
     compared = asker.compare(first, second, bring=())
-    return _asked([asker.single(first), asker.single(second), compared])
-
-
-def _asked(exchanges: Sequence[Exchange | None]) -> list[Exchange]:
-    return [exchange for exchange in exchanges if exchange is not None]
+    exchanges = [asker.single(first), asker.single(second)]
+    return exchanges if compared is None else [*exchanges, compared]
 
 
 def mixed(asker: Asker, picture: Picture) -> list[Exchange]:
@@ -97,8 +90,4 @@ def mixed(asker: Asker, picture: Picture) -> list[Exchange]:
     order = list(asker.rng.permutation(len(questions)))
     if len(picture.scene.glyphs) == 1:
         order.sort(key=lambda i: questions[i] == asker.point)  # it names the sign: last
-    # The first one to have an answer brings the picture along.
-    exchanges: list[Exchange] = []
-    for i in order:
-        exchanges += _asked([questions[i](picture, shown=bool(exchanges))])
-    return exchanges
+    return [questions[i](picture, shown=turn > 0) for turn, i in enumerate(order)]

@@ -1,7 +1,7 @@
 """What is asked about the demo's pictures, in English and Chinese, and the right answers.
 
 Kinds of questions: `single` (which digit is this), `several` (read them from left to right),
-`count` (how many), `compare` (which of two pictures) and `point` (where: the answer is a box).
+`count` (how many), `compare` (which of two pictures) and `point` (where: the answer is boxes).
 Digits, letters and shapes are asked about in the same words, so that a model taught on printed
 signs knows the task when it meets handwriting.
 """
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vltrain.demo.glyphs import DIGITS, LETTERS, SHAPES
-from vltrain.demo.scenes import Scene
+from vltrain.demo.scenes import PlacedGlyph, Scene
 
 Kind = Literal["single", "several", "count", "compare", "point"]
 Language = Literal["en", "zh"]
@@ -53,6 +53,8 @@ PHRASINGS: dict[tuple[str, Language], tuple[str, ...]] = {
     ("greater", "zh"): ("哪张图的数更大？", "哪张图中的数更大？"),
     ("point", "en"): ("Where is the {name}?", "Point at the {name}."),
     ("point", "zh"): ("{name}在哪里？", "请框出{name}。"),
+    ("point at all", "en"): ("Where are the {noun}s?", "Point at the {noun}s."),
+    ("point at all", "zh"): ("{noun}都在哪里？", "请框出所有{noun}。"),
 }
 
 
@@ -97,17 +99,18 @@ class Asker:
         answer = str(len(picture.scene.glyphs))
         return self._exchange("count", answer, () if shown else (picture,))
 
-    def point(self, picture: Picture, *, shown: bool = False) -> Exchange | None:
-        """Where is a sign that occurs once? None if every sign occurs more than once."""
-        names = picture.scene.names
-        once = [glyph for glyph in picture.scene.glyphs if names.count(glyph.name) == 1]
-        if not once:
-            return None
-        glyph = once[self.rng.integers(len(once))]
-        name = self._spell(glyph.name)
+    def point(self, picture: Picture, *, shown: bool = False) -> Exchange:
+        """Where is the only sign, by its name; or where are all of them, from left to right?"""
+        glyphs = picture.scene.glyphs
+        name = self._spell(glyphs[0].name)
+        phrasing = "point" if len(glyphs) == 1 else "point at all"
+        answer = "".join(self._boxed(glyph) for glyph in glyphs)
+        pictures = () if shown else (picture,)
+        return self._exchange("point", answer, pictures, phrasing=phrasing, name=name)
+
+    def _boxed(self, glyph: PlacedGlyph) -> str:
         x1, y1, x2, y2 = glyph.box
-        answer = f"<ref>{name}</ref><box>({x1},{y1}),({x2},{y2})</box>"
-        return self._exchange("point", answer, () if shown else (picture,), name=name)
+        return f"<ref>{self._spell(glyph.name)}</ref><box>({x1},{y1}),({x2},{y2})</box>"
 
     def compare(
         self, first: Picture, second: Picture, *, bring: tuple[Picture, ...] | None = None
