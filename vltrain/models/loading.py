@@ -1,6 +1,7 @@
 """From a checkpoint's folder to a model and its processor, every tensor accounted for."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ def load_model(
             dtype=dtype,
             device_map=None if device is None else {"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed with the others
             local_files_only=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise VltrainError.at(
             str(folder), what=f"the weights cannot be read ({error})", fix="download them again"
         ) from error

@@ -128,9 +128,8 @@ class Resampler(nn.Module):
     def __init__(self, sizes: VisionSizes) -> None:
         super().__init__()
         dim = sizes.output_dim
-        self.pos_embed = nn.Parameter(
-            sincos_2d(dim, math.isqrt(sizes.n_queries)), requires_grad=False
-        )
+        # Filled with `sincos_2d` where no checkpoint has it, in the dtype of the other weights.
+        self.pos_embed = nn.Parameter(torch.zeros(sizes.n_queries, dim), requires_grad=False)
         self.query = nn.Parameter(torch.zeros(sizes.n_queries, dim))
         self.kv_proj: nn.Module = (
             nn.Linear(sizes.width, dim, bias=False) if sizes.width != dim else nn.Identity()
