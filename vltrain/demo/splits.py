@@ -18,10 +18,21 @@ HELD_OUT_SHARE = 0.25  # of the scans of each digit
 # How many pictures of one, two and three signs a split has.
 TRAIN_PICTURES = {1: 1000, 2: 800, 3: 400}
 HELD_OUT_PICTURES = {1: 150, 2: 110, 3: 60}
-TRAIN_ROUNDS = 8  # rounds of RECORDS_PER_ROUND in train.json; heldout.json has one
 
-# One round has about 115 questions of each kind.
-RECORDS_PER_ROUND: tuple[tuple[plans.Plan, int], ...] = (
+# Records of train.json: mostly reading, which is what the base has to learn.
+TRAIN_RECORDS: tuple[tuple[plans.Plan, int], ...] = (
+    (plans.single, 800),
+    (plans.single_then_point, 200),
+    (plans.singles_then_compare, 200),
+    (plans.several, 1000),
+    (plans.several_then_point, 200),
+    (plans.count_several_point, 100),
+    (plans.count, 200),
+    (plans.compare, 400),
+    (plans.point, 100),
+)
+# Records of heldout.json: about 115 questions of each kind.
+HELD_OUT_RECORDS: tuple[tuple[plans.Plan, int], ...] = (
     (plans.single, 50),
     (plans.single_then_point, 30),
     (plans.singles_then_compare, 18),
@@ -50,8 +61,8 @@ class Split:
 def make_splits() -> tuple[Split, Split]:
     """The training and the held-out split, the same ones on every call."""
     train_scans, held_out_scans = divide_scans(scanned_digits())
-    train = _make_split("train", train_scans, TRAIN_PICTURES, TRAIN_ROUNDS)
-    held_out = _make_split("heldout", held_out_scans, HELD_OUT_PICTURES, 1)
+    train = _make_split("train", train_scans, TRAIN_PICTURES, TRAIN_RECORDS)
+    held_out = _make_split("heldout", held_out_scans, HELD_OUT_PICTURES, HELD_OUT_RECORDS)
     return train, held_out
 
 
@@ -76,7 +87,10 @@ def _digest(scan: Glyph) -> str:
 
 
 def _make_split(
-    name: str, scans: Sequence[Glyph], picture_counts: dict[int, int], rounds: int
+    name: str,
+    scans: Sequence[Glyph],
+    picture_counts: dict[int, int],
+    record_counts: Sequence[tuple[plans.Plan, int]],
 ) -> Split:
     rng = np.random.default_rng([SEED, len(name)])
     pictures: dict[int, list[Picture]] = {}
@@ -88,7 +102,7 @@ def _make_split(
             file = f"images/{name}-{number:05d}.png"
             pictures[signs].append(Picture(file, compose(chosen, rng)))
             number += 1
-    chosen_plans = [plan for plan, count in RECORDS_PER_ROUND for _ in range(count * rounds)]
+    chosen_plans = [plan for plan, count in record_counts for _ in range(count)]
     records: list[dict[str, Any]] = []
     draw = plans.Drawer(pictures, rng)
     for index, plan in enumerate(chosen_plans):

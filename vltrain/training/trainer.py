@@ -1,12 +1,18 @@
 """The loop: `transformers.Trainer`, counting what a step really learns from."""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 IGNORE_INDEX = -100
 
@@ -35,6 +41,28 @@ class TokenCounts:
         }
 
 
+class LengthGroups(Sampler[int]):
+    """Samples in random order, but neighbours of about the same length: little padding.
+
+    The order is a function of seed and epoch alone, so a run that resumes goes on with it.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        """`lengths` in tokens; `batch_size`: samples between two optimizer steps."""
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` whose logs tell tokens a second, learned tokens and padding."""
 
@@ -52,6 +80,15 @@ class Trainer(transformers.Trainer):
         self._counts.add(inputs["attention_mask"], inputs["labels"])
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroups(dataset.lengths, step, seed)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._counts.places:
             now = time.perf_counter()
@@ -65,6 +102,19 @@ class Trainer(transformers.Trainer):
         metrics = super().evaluate(*args, **kwargs)
         self._counted_since += time.perf_counter() - started  # no training step ran meanwhile
         return metrics
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """An adapter is saved as it is: `peft` would look at its base, on the hub even, first."""
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.save_pretrained(
+                str(folder), state_dict=state_dict, save_embedding_layers=False
+            )
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

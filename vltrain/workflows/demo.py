@@ -104,7 +104,7 @@ def write_demo(folder: Path, console: Console | None = None) -> None:
 def _write_pictures(split: Split, folder: Path) -> None:
     for pictures in split.pictures.values():
         for picture in pictures:
-            picture.scene.image.save(folder / picture.file)
+            picture.scene.image.save(folder / picture.file, compress_level=1)
 
 
 def _write_json(path: Path, split: Split) -> None:
