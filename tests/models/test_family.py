@@ -33,7 +33,7 @@ def test_the_longest_prefix_says_the_part(parameter, part):
 
 
 def test_a_parameter_of_no_part_is_a_mistake_of_the_family():
-    with pytest.raises(KeyError, match="head.weight"):
+    with pytest.raises(KeyError, match=r"head\.weight"):
         PARTS.of("head.weight")
 
 
