@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +10,7 @@ import typer
 
 from vltrain import __version__
 from vltrain.errors import VltrainError
+from vltrain.workflows.quiet import quiet_loggers
 
 if TYPE_CHECKING:
     from vltrain.config import Method
@@ -22,9 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help needs no rich, and answers in a third of the time
 )
-
-NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn, whenever `transformers` is imported, of nothing that a user could mend."""
 
 RecipePath = Annotated[
     Path | None,
@@ -61,9 +58,7 @@ def main() -> None:
     # cores several times slower. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for library in NOISY:
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_loggers()
     try:
         app()
     except VltrainError as error:

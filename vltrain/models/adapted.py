@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
 from vltrain.errors import VltrainError
+from vltrain.models.adapters import wrap_plain_layers_first
 from vltrain.models.catalog import read_json
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, resolve_model
@@ -102,7 +103,9 @@ def load_adapted(
     """
     model = load_model(base.path, dtype=dtype)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        config = PeftConfig.from_pretrained(str(adapter))
+        wrap_plain_layers_first(config)
+        adapted = PeftModel.from_pretrained(model, str(adapter), config=config)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise VltrainError.at(
             str(adapter),

@@ -1,9 +1,11 @@
 """Which parameters learn: full or LoRA. The only place where the methods differ."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import dispatch_default
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -13,6 +15,7 @@ from vltrain.models.family import Family, Part, has_prefix
 PEFT_PREFIX = "base_model.model."
 ADAPTER_MARK = ".lora_"
 COPY_MARK = ".modules_to_save."
+PLAIN_LAYERS = (nn.Linear, nn.Embedding)  # exactly these: quantized ones are subclasses
 
 CountedPart = Part | Literal["adapter"]
 
@@ -91,7 +94,7 @@ def add_lora(
     Raises:
         VltrainError: a combination that cannot work, or targets that the model lacks.
     """
-    _refuse_impossible(freeze)
+    refuse_impossible(freeze)
     beside = list(family.default_projector) if freeze.projector is False else []
     if adapter.embeddings:
         beside += family.embeddings
@@ -105,6 +108,7 @@ def add_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
+    wrap_plain_layers_first(config)
     set_seed(seed)
     try:
         wrapped = get_peft_model(model, config)
@@ -118,7 +122,24 @@ def add_lora(
     return wrapped
 
 
-def _refuse_impossible(freeze: Freeze) -> None:
+def wrap_plain_layers_first(config: PeftConfig) -> None:
+    """Let `peft` wrap unquantized layers without asking quantization libraries about them.
+
+    Asking imports `gptqmodel`, which takes seconds, prints a banner and sets environment
+    variables of CUDA. Quantized layers are still shown to all of those libraries.
+    """
+    if isinstance(config, LoraConfig):
+        config._register_custom_module({nn.Module: _wrap_plain})
+
+
+def _wrap_plain(layer: nn.Module, adapter: str, **settings: Any) -> nn.Module | None:
+    """The layer with an adapter beside it; None where it is no plain one."""
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return dispatch_default(layer, adapter, **settings) if type(base) in PLAIN_LAYERS else None
+
+
+def refuse_impossible(freeze: Freeze) -> None:
+    """Raise VltrainError for parts that LoRA can neither train nor do without."""
     if freeze.language:
         raise VltrainError.at(
             "freeze.language",

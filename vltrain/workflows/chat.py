@@ -29,6 +29,7 @@ from vltrain.evaluation.generation import Prompt, answer_batches
 from vltrain.models.hub import resolve_model
 from vltrain.models.loading import load_model, load_processor
 from vltrain.workflows.inspect import print_report
+from vltrain.workflows.quiet import hide_weight_bars
 
 ADAPTER_MARK = "adapter_config.json"
 
@@ -80,6 +81,7 @@ def answer_file(
     Raises:
         VltrainError: all faults of the file and its pictures, before the model is loaded.
     """
+    hide_weight_bars()
     console = console or Console(stderr=True)
     questions = read_questions(questions_file, image_root, console)
     folder = resolve_model(model).path
@@ -93,7 +95,7 @@ def answer_file(
     draft = output.with_name(f"{output.name}.partial")
     kept = kept_answers(draft, task, questions)
     if kept:
-        console.print(f"going on behind {len(kept)} answers of {draft}")
+        console.print(f"going on behind {len(kept)} answers of {draft}", soft_wrap=True)
     network, processor = load_for_answers(folder)
     prompts = [prompt_of(q, processor, image_root) for q in questions[len(kept) :]]
     answers = answer_batches(
@@ -110,7 +112,7 @@ def answer_file(
             file.flush()
             bar.advance(shown)
     write_without_first_line(draft, output)
-    console.print(f"done: {len(questions)} answers in {output}")
+    console.print(f"done: {len(questions)} answers in {output}", soft_wrap=True)
 
 
 def read_questions(file: Path, image_root: Path | None, console: Console) -> list[Question]:

@@ -20,6 +20,7 @@ from vltrain.errors import VltrainError
 from vltrain.models.adapted import find_base, load_adapted
 from vltrain.models.loading import checkpoint_dtype, load_model, load_processor
 from vltrain.models.saving import save_like
+from vltrain.workflows.quiet import hide_weight_bars
 
 # How far the logits of the merged weights may lie from those of base + adapter, as a share of
 # their size (root mean square): sums in another order, and weights rounded once more.
@@ -65,6 +66,7 @@ def merge(
             nothing, or the merged weights answer otherwise than base + adapter.
     """
     console = console or Console()
+    hide_weight_bars()
     if out.exists() or out.is_symlink():
         raise VltrainError.at(
             str(out), what="exists already", fix="name another folder, or remove this one first"
@@ -73,7 +75,7 @@ def merge(
     source = find_base(adapter, base)
     dtype = checkpoint_dtype(source.path)
     inputs = probe_inputs(load_processor(source.path))
-    console.print(f"merging {adapter} into {source.path}")
+    console.print(f"merging {adapter} into {source.path}", soft_wrap=True)
     adapted = load_adapted(adapter, source, dtype=dtype)
     expected = probe_logits(adapted, inputs)
     with adapted.disable_adapter():

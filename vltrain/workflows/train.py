@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from vltrain.config import DataConfig, Recipe, unknown_key
@@ -30,6 +31,7 @@ from vltrain.training.plot import plot_loss
 from vltrain.training.run_dir import RunDir, checkpoint_step, environment
 from vltrain.training.trainer import Trainer, compute_precision
 from vltrain.workflows.inspect import print_report
+from vltrain.workflows.quiet import hide_weight_bars
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
         VltrainError: everything about recipe, data and base that would make the run fail or
             learn something wrong, before the model is loaded.
     """
+    hide_weight_bars()
     console = console or Console()
     run = RunDir(recipe.output)
     if run.start(recipe) == "finished":
-        console.print(f"{recipe.output} is finished: its weights are in {run.final}")
+        console.print(
+            f"{recipe.output} is finished: its weights are in {run.final}", soft_wrap=True
+        )
         return
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
@@ -86,7 +91,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     save_final(run, recipe, model, base, hash_of_base)
     plot_loss(run.read_metrics(), run.loss_plot)
     run.mark_finished()
-    console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}")
+    console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}", soft_wrap=True)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -223,7 +228,9 @@ def show_plan(
     arguments: TrainingArguments,
 ) -> None:
     """What will be learned, from what, in how many steps."""
-    parts = Table(title=f"{recipe.method} · {base.source.name} · {base.family.name}")
+    heading = f"{recipe.method} · {base.source.name} · {base.family.name}"
+    console.print(Text(heading, "bold"), soft_wrap=True)
+    parts = Table()
     for title in ("part", "learned", "of"):
         parts.add_column(title, justify="left" if title == "part" else "right")
     counts = count_parts(model, base.family)
@@ -237,7 +244,8 @@ def show_plan(
     console.print(
         f"{len(samples):,} samples, {sum(samples.lengths):,} tokens "
         f"({sum(samples.learned_tokens):,} learned), {sum(samples.image_counts):,} pictures; "
-        f"longest {max(samples.lengths):,} tokens, {samples.dropped:,} dropped as too long"
+        f"longest {max(samples.lengths):,} tokens, {samples.dropped:,} dropped as too long",
+        soft_wrap=True,
     )
     if halves.evaluation is not None:
         console.print(f"{len(halves.evaluation):,} samples to evaluate on")
@@ -269,7 +277,7 @@ def fit(
     checkpoint = run.last_checkpoint()
     run.cut_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}")
+        console.print(f"resuming from {checkpoint}", soft_wrap=True)
     trainer = Trainer(
         model=model,
         args=arguments,

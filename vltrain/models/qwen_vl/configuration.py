@@ -1,7 +1,7 @@
 """The sizes of a Qwen-VL v1 model, under the names of the published `config.json`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -55,7 +55,7 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen_vl"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # the Trainer adds to it
 
     vocab_size: int = 151936
     hidden_size: int = 4096
