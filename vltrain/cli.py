@@ -230,7 +230,7 @@ def demo(
 ) -> None:
     """Write a tiny model and data to try all on.
 
-    A Qwen-VL of 1.9 million parameters and pictures of real handwritten digits, with questions
+    A Qwen-VL of 2.3 million parameters and pictures of real handwritten digits, with questions
     and boxes: every command runs with them on a laptop's CPU.
     """
     from vltrain.workflows.demo import score_demo, write_demo

@@ -35,34 +35,43 @@ def write_checkpoint(run: RunDir, step: int, weights: str = "adapter_model.safet
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    run.start(lora_recipe(run.path))
+    run.begin(lora_recipe(run.path), {})
     return run
 
 
-def test_a_new_run_makes_its_directory_and_writes_its_recipe(tmp_path: Path):
+def test_a_run_that_begins_makes_its_directory_and_writes_its_recipe(tmp_path: Path):
     run = RunDir(tmp_path / "runs" / "a")
     recipe = lora_recipe(run.path)
 
-    assert run.start(recipe) == "new"
+    run.begin(recipe, {"dtype": "fp32"})
+
     assert load_recipe(run.recipe_file, method="lora") == recipe
+    assert json.loads(run.environment_file.read_text()) == {"dtype": "fp32"}
+
+
+def test_asking_for_the_state_of_a_new_run_writes_nothing(tmp_path: Path):
+    run = RunDir(tmp_path / "runs" / "a")
+
+    assert run.state(lora_recipe(run.path)) == "new"
+    assert not run.path.exists()
 
 
 def test_an_empty_directory_is_taken_for_a_new_run(tmp_path: Path):
-    assert RunDir(tmp_path).start(lora_recipe(tmp_path)) == "new"
+    assert RunDir(tmp_path).state(lora_recipe(tmp_path)) == "new"
 
 
 def test_a_kill_during_the_first_write_does_not_spoil_the_directory(tmp_path: Path):
     (tmp_path / "recipe.yaml.partial").write_text("method: lo")
 
-    assert RunDir(tmp_path).start(lora_recipe(tmp_path)) == "new"
+    assert RunDir(tmp_path).state(lora_recipe(tmp_path)) == "new"
 
 
 def test_the_same_recipe_resumes(run: RunDir):
-    assert run.start(lora_recipe(run.path)) == "resumable"
+    assert run.state(lora_recipe(run.path)) == "resumable"
 
 
 def test_the_same_run_called_by_another_path_resumes(run: RunDir):
-    assert run.start(lora_recipe(run.path / ".." / "run")) == "resumable"
+    assert run.state(lora_recipe(run.path / ".." / "run")) == "resumable"
 
 
 def test_a_run_is_finished_once_its_final_weights_have_their_name(run: RunDir):
@@ -72,14 +81,16 @@ def test_a_run_is_finished_once_its_final_weights_have_their_name(run: RunDir):
     run.mark_finished()
 
     assert run.is_finished
-    assert run.start(lora_recipe(run.path)) == "finished"
+    assert run.state(lora_recipe(run.path)) == "finished"
 
 
 def test_final_weights_that_were_cut_off_are_thrown_away(run: RunDir):
     run.final_draft.mkdir()
     (run.final_draft / "adapter_model.safetensors").write_bytes(b"half")
 
-    assert run.start(lora_recipe(run.path)) == "resumable"
+    run.begin(lora_recipe(run.path), {})
+
+    assert run.state(lora_recipe(run.path)) == "resumable"
     assert not run.final_draft.exists()
 
 
@@ -87,7 +98,7 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(run: RunDir):
     other = lora_recipe(run.path, "lora.r=8", "trainer.learning_rate=3e-4")
 
     with pytest.raises(VltrainError) as error:
-        run.start(other)
+        run.state(other)
 
     assert "lora.r (64 there, 8 here)" in str(error.value)
     assert "trainer.learning_rate (0.0001 there, 0.0003 here)" in str(error.value)
@@ -98,19 +109,19 @@ def test_another_method_is_another_recipe(run: RunDir):
     full = replace(lora_recipe(run.path), method="full")
 
     with pytest.raises(VltrainError, match=r"method \(lora there, full here\)"):
-        run.start(full)
+        run.state(full)
 
 
 def test_a_key_that_only_one_recipe_has_is_named_as_unset(run: RunDir):
     with pytest.raises(VltrainError, match=r"trainer.max_steps \(unset there, 5 here\)"):
-        run.start(lora_recipe(run.path, "trainer.max_steps=5"))
+        run.state(lora_recipe(run.path, "trainer.max_steps=5"))
 
 
 def test_a_directory_with_files_of_others_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").touch()
 
     with pytest.raises(VltrainError, match=r"not empty and holds no run \(thesis.tex\)"):
-        RunDir(tmp_path).start(lora_recipe(tmp_path))
+        RunDir(tmp_path).state(lora_recipe(tmp_path))
 
 
 def test_a_file_is_no_run_directory(tmp_path: Path):
@@ -118,7 +129,7 @@ def test_a_file_is_no_run_directory(tmp_path: Path):
     path.touch()
 
     with pytest.raises(VltrainError, match="is a file"):
-        RunDir(path).start(lora_recipe(path))
+        RunDir(path).state(lora_recipe(path))
 
 
 def test_the_last_checkpoint_is_the_one_with_the_highest_step(run: RunDir):
@@ -207,7 +218,7 @@ def test_the_environment_names_versions_hardware_and_the_base(run: RunDir):
     values = environment(
         dtype="fp32", base_path="models/qwen", base_revision=None, base_hash="ab12"
     )
-    run.write_environment(values)
+    run.begin(lora_recipe(run.path), values)
 
     read = json.loads(run.environment_file.read_text())
     assert read["base"] == {"path": "models/qwen", "revision": None, "hash": "ab12"}

@@ -66,10 +66,8 @@ class RunDir:
         """Whether the final weights are there."""
         return self.final.is_dir()
 
-    def start(self, recipe: Recipe) -> RunState:
-        """Take the directory for a run of `recipe` and say what is in it already.
-
-        A new one is made, with the recipe in it. The same recipe's is "resumable" or "finished".
+    def state(self, recipe: Recipe) -> RunState:
+        """What the directory is to a run of `recipe`; nothing is written yet.
 
         Raises:
             VltrainError: the directory holds a run of another recipe (with the keys that
@@ -77,21 +75,27 @@ class RunDir:
         """
         if self.recipe_file.is_file():
             self._refuse_another(recipe)
-            shutil.rmtree(self.final_draft, ignore_errors=True)
             return "finished" if self.is_finished else "resumable"
         self._refuse_foreign_files()
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.recipe_file, recipe_to_yaml(recipe))
         return "new"
+
+    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Take the directory for a run, or take it up again: recipe.yaml and environment.json.
+
+        Args:
+            recipe: the resolved one.
+            environment: see `environment`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.final_draft, ignore_errors=True)
+        if not self.recipe_file.is_file():
+            write_whole(self.recipe_file, recipe_to_yaml(recipe))
+        text = json.dumps(environment, indent=2, ensure_ascii=False)
+        write_whole(self.environment_file, text + "\n")
 
     def mark_finished(self) -> None:
         """Give what was saved in `final_draft` its name: the run is over."""
         os.replace(self.final_draft, self.final)
-
-    def write_environment(self, values: Mapping[str, Any]) -> None:
-        """Write environment.json; see `environment`."""
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        write_whole(self.environment_file, text + "\n")
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; half ones are passed over with a warning."""

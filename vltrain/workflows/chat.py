@@ -28,7 +28,7 @@ from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Prompt, answer_batches
 from vltrain.models.hub import resolve_model
 from vltrain.models.loading import load_model, load_processor
-from vltrain.workflows.inspect import print_report
+from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
 
 ADAPTER_MARK = "adapter_config.json"
@@ -81,8 +81,8 @@ def answer_file(
     Raises:
         VltrainError: all faults of the file and its pictures, before the model is loaded.
     """
-    hide_weight_bars()
     console = console or Console(stderr=True)
+    hide_weight_bars()
     questions = read_questions(questions_file, image_root, console)
     folder = resolve_model(model).path
     task = {
@@ -128,11 +128,7 @@ def read_questions(file: Path, image_root: Path | None, console: Console) -> lis
     report = check_files([file], image_root=image_root, labels="reference", decode=False)
     if report.errors:
         print_report(replace(report, findings=report.errors), console)
-        raise VltrainError.at(
-            str(file),
-            what=f"{len(report.errors)} errors, listed above; nothing was asked",
-            fix="mend them; `vltrain check` finds them too",
-        )
+    refuse_errors(report, [file], undone="asked")
     questions = []
     for record in read_records(file):
         conversation = conversation_from_record(record.value, lenient=True, where=record.name)

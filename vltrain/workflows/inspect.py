@@ -11,6 +11,7 @@ from rich.text import Text
 from vltrain.data.checks import Finding, Report, check_files
 from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import Processor
+from vltrain.errors import VltrainError
 
 
 def check(
@@ -57,14 +58,33 @@ def print_report(report: Report, console: Console) -> None:
     for severity, findings in (("error", report.errors), ("warning", report.warnings)):
         style = "bold red" if severity == "error" else "bold yellow"
         for kind, group in _by_kind(findings).items():
-            console.print(Text(f"{severity}: {kind.replace('_', ' ')} ({len(group)})", style))
+            console.print(
+                Text(f"{severity}: {kind.replace('_', ' ')} ({len(group)})", style), soft_wrap=True
+            )
             for found in group:
-                console.print(Text(f"  {_place(found)}: {_printable(found.message)}"))
-                console.print(Text(f"    fix: {_printable(found.fix)}", "dim"))
+                console.print(
+                    Text(f"  {_place(found)}: {_printable(found.message)}"), soft_wrap=True
+                )
+                console.print(Text(f"    fix: {_printable(found.fix)}", "dim"), soft_wrap=True)
     dropped = f", {_count(report.dropped, 'dropped record')}" if report.dropped else ""
     console.print(
         f"{_count(report.records, 'record')}: {_count(len(report.errors), 'error')}, "
         f"{_count(len(report.warnings), 'warning')}{dropped}"
+    )
+
+
+def refuse_errors(report: Report, files: Sequence[Path], *, undone: str) -> None:
+    """Raise VltrainError if a report that was printed has errors.
+
+    Args:
+        undone: what did not happen: "trained" or "asked".
+    """
+    if not report.errors:
+        return
+    raise VltrainError.at(
+        ", ".join(str(file) for file in files),
+        what=f"{_count(len(report.errors), 'error')}, listed above; nothing was {undone}",
+        fix="mend the data; `vltrain check` finds the same without starting anything",
     )
 
 

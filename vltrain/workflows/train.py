@@ -1,14 +1,16 @@
 """Recipe -> run directory: the one path for every method."""
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +21,14 @@ from vltrain.data.checks import check_files
 from vltrain.data.collation import Collator
 from vltrain.data.dataset import Record, SampleDataset, read_records, split_records
 from vltrain.errors import VltrainError
-from vltrain.models.adapters import Adapter, Freeze, add_lora, count_parts, set_learned
+from vltrain.models.adapters import (
+    Adapter,
+    Freeze,
+    add_lora,
+    count_parts,
+    refuse_impossible,
+    set_learned,
+)
 from vltrain.models.catalog import family_of, is_chat_tuned, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
@@ -30,7 +39,7 @@ from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.plot import plot_loss
 from vltrain.training.run_dir import RunDir, checkpoint_step, environment
 from vltrain.training.trainer import Trainer, compute_precision
-from vltrain.workflows.inspect import print_report
+from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
 
 
@@ -65,10 +74,10 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
         VltrainError: everything about recipe, data and base that would make the run fail or
             learn something wrong, before the model is loaded.
     """
-    hide_weight_bars()
     console = console or Console()
+    hide_weight_bars()
     run = RunDir(recipe.output)
-    if run.start(recipe) == "finished":
+    if run.state(recipe) == "finished":
         console.print(
             f"{recipe.output} is finished: its weights are in {run.final}", soft_wrap=True
         )
@@ -78,13 +87,14 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     halves = read_data(console, recipe.data, base, seed=arguments.seed)
     model = prepare_model(recipe, base, seed=arguments.seed)
     hash_of_base = weights_hash(base.folder)
-    run.write_environment(
+    run.begin(
+        recipe,
         environment(
             dtype=weights_dtype(recipe.dtype),
             base_path=str(base.folder),
             base_revision=base.source.revision,
             base_hash=hash_of_base,
-        )
+        ),
     )
     show_plan(console, recipe, base, model, halves, arguments)
     fit(console, run, model, base, halves, arguments)
@@ -104,6 +114,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     for key in recipe.trainer:
         if key not in known:
             raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
+    _refuse_wrong_types(recipe.trainer)
+    _refuse_fp16_without_gpu(recipe.dtype)
     implied = {
         "use_cpu": not torch.cuda.is_available(),
         **compute_precision(DTYPES[weights_dtype(recipe.dtype)]),
@@ -121,6 +133,37 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise VltrainError.at(
             "trainer", what=str(error), fix="see TrainingArguments in transformers' documentation"
         ) from error
+
+
+def _refuse_wrong_types(settings: dict[str, Any]) -> None:
+    """Raise VltrainError for values that are not of their key's type.
+
+    `TrainingArguments` takes a learning rate of "1e-4", a text, and fails after the model is
+    loaded.
+    """
+    hints = get_type_hints(TrainingArguments)
+    problems = []
+    for key, value in settings.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = dict.fromkeys(finding["msg"] for finding in error.errors())
+            problems.append(
+                VltrainError.at(
+                    "the recipe",
+                    what=f"`trainer.{key}` is {json.dumps(value, default=str)}",
+                    fix="it " + ", or ".join(m.removeprefix("Input ") for m in wanted),
+                )
+            )
+    if problems:
+        raise VltrainError("\n".join(str(problem) for problem in problems))
+
+
+def _refuse_fp16_without_gpu(dtype: str) -> None:
+    if dtype == "fp16" and not torch.cuda.is_available():
+        raise VltrainError.at(
+            "dtype", what="fp16 trains on a GPU only, and there is none", fix="use bf16 or fp32"
+        )
 
 
 def _current_names(settings: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
@@ -166,12 +209,7 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
     )
     if report.findings:
         print_report(report, console)
-    if report.errors:
-        raise VltrainError.at(
-            ", ".join(str(file) for file in files),
-            what=f"{len(report.errors)} errors, listed above; nothing was trained",
-            fix="mend them; `vltrain check` finds them without starting a run",
-        )
+    refuse_errors(report, files, undone="trained")
     records = [record for file in data.files for record in read_records(file)]
     records, held_out = split_records(records, data.eval_share, seed)
     held_out += [record for file in data.eval_files for record in read_records(file)]
@@ -196,14 +234,29 @@ def _samples(records: list[Record], data: DataConfig, base: Base) -> SampleDatas
             what=f"all {samples.dropped} samples are longer than {data.max_length} tokens",
             fix="raise data.max_length",
         )
+    _refuse_foreign_ids(samples, base)
     return samples
+
+
+def _refuse_foreign_ids(samples: SampleDataset, base: Base) -> None:
+    """Raise VltrainError where a sample has an id that the embedding matrix has no row for."""
+    for record, largest in zip(samples.records, samples.largest_ids, strict=True):
+        if largest >= base.vocabulary_size:
+            raise VltrainError.at(
+                record.name,
+                what=f"has the id {largest}, and the model of {base.folder} knows those below "
+                f"{base.vocabulary_size} only",
+                fix="use the vocabulary that belongs to these weights",
+            )
 
 
 def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
     """The base, loaded, with gradients on what the recipe lets learn."""
+    freeze = Freeze(recipe.freeze.vision, recipe.freeze.projector, recipe.freeze.language)
+    if recipe.method == "lora":
+        refuse_impossible(freeze)  # before the minutes that loading may take
     model = load_model(base.folder, dtype=weights_dtype(recipe.dtype))
     model.config.use_cache = False
-    freeze = Freeze(recipe.freeze.vision, recipe.freeze.projector, recipe.freeze.language)
     if recipe.method == "full":
         return set_learned(model, base.family, freeze)
     embeddings = recipe.lora.embeddings
