@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -64,3 +65,41 @@ def write_qwen_vl(folder: Path, *, seed: int = 0, chat_tuned: bool = True) -> Pa
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def write_conversations(folder: Path) -> Path:
+    """Four conversations about pictures, with boxes in the answers; `train.json` of the folder.
+
+    One of them has two pictures, one two turns.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    squares = {"red": (8, 8), "green": (30, 4), "blue": (4, 34), "black": (28, 28)}
+    for color, (left, top) in squares.items():
+        picture = Image.new("RGB", (56, 56), "white")
+        ImageDraw.Draw(picture).rectangle((left, top, left + 19, top + 19), color)
+        picture.save(folder / "images" / f"{color}.png")
+
+    def seen(*colors: str) -> str:
+        marks = (f"Picture {n}: <img>images/{c}.png</img>\n" for n, c in enumerate(colors, 1))
+        return "".join(marks)
+
+    conversations = [
+        [(seen("red") + "Where?", "<ref>red</ref><box>(142,142),(500,500)</box>")],
+        [(seen("green") + "Where?", "<ref>green</ref><box>(535,71),(892,428)</box>")],
+        [(seen("blue", "black") + "在哪里？", "蓝<box>(71,607),(428,964)</box>")],
+        [(seen("black") + "Hi", "Hello!"), ("Where?", "<box>(500,500),(857,857)</box>")],
+    ]
+    records = [
+        {
+            "id": f"r{number}",
+            "conversations": [
+                {"from": who, "value": text}
+                for question, answer in turns
+                for who, text in (("user", question), ("assistant", answer))
+            ],
+        }
+        for number, turns in enumerate(conversations)
+    ]
+    file = folder / "train.json"
+    file.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return file

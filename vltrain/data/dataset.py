@@ -145,6 +145,7 @@ class SampleDataset:
         self.lengths: list[int] = []  # tokens of each sample, image tokens included
         self.learned_tokens: list[int] = []  # of each sample
         self.image_counts: list[int] = []  # of each sample
+        self.largest_ids: list[int] = []  # of each sample
         self.dropped = 0  # records longer than max_length that were left out
         errors: list[str] = []
         for record in records:
@@ -167,6 +168,7 @@ class SampleDataset:
         self.lengths.append(len(sample.input_ids))
         self.learned_tokens.append(sample.learned_tokens)
         self.image_counts.append(len(sample.images))
+        self.largest_ids.append(max(sample.input_ids))
 
     def __len__(self) -> int:
         return len(self.records)
