@@ -11,12 +11,14 @@ import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vltrain.data.collation import Collator
 from vltrain.models.adapters import Adapter, Freeze, add_lora
@@ -125,6 +127,7 @@ def measure(tokens: int, steps: int, *, toy: bool) -> dict[str, Any]:
         data_collator=Collator(pad_id=151643),
         callbacks=[clock, ProgressBar(Console())],
     )
+    trainer.remove_callback(PrinterCallback)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -149,7 +152,10 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
     for tokens in options.tokens:
-        print(json.dumps(measure(tokens, options.steps, toy=options.toy)), flush=True)
+        # In a process of its own, or the peak would count the model of the length before.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            measured = process.submit(measure, tokens, options.steps, toy=options.toy).result()
+        print(json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":
