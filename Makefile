@@ -42,10 +42,10 @@ demo/merged/config.json: demo/run/final/adapter_config.json
 	$(VLTRAIN) merge demo/run/final demo/merged
 
 demo/base_answers.jsonl: demo/train.json
-	$(VLTRAIN) chat demo/model --input demo/heldout.json --output $@ --max-new-tokens 64
+	$(VLTRAIN) chat demo/model --input demo/heldout.json --output $@ --max-new-tokens 96
 
 demo/merged_answers.jsonl: demo/merged/config.json
-	$(VLTRAIN) chat demo/merged --input demo/heldout.json --output $@ --max-new-tokens 64
+	$(VLTRAIN) chat demo/merged --input demo/heldout.json --output $@ --max-new-tokens 96
 
 # --- development ---
 
