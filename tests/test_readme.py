@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from tests.tiny import write_qwen_vl
+from tiny import write_qwen_vl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,10 +1,12 @@
 import json
 
+import pytest
 from PIL import Image
 
 from vltrain.demo.pretraining import write_pretraining_data
 
 
+@pytest.mark.slow
 def test_what_is_written_does_not_depend_on_the_number_of_workers(tmp_path):
     texts, pictures = [], []
     for workers in (1, 2):

@@ -136,6 +136,7 @@ def test_a_cached_name_needs_no_hub(hub, tmp_path):
     assert hub.asked == []
 
 
+@pytest.mark.slow  # the client knocks several times before it gives up
 def test_a_cached_commit_needs_no_hub_and_no_list_of_its_files(hub, tmp_path):
     online = ask(tmp_path, hub.address, "org/model@v1")
     shutil.rmtree(tmp_path / "hub" / "models--org--model" / "trees", ignore_errors=True)

@@ -195,6 +195,7 @@ def test_positions_of_the_resampler_take_no_gradient_after_loading(base):
     assert fixed == ["transformer.visual.attn_pool.pos_embed"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_brings_code_is_read_without_asking_to_run_it(base):
     published = json.loads((GOLDEN / "layout.json").read_text())["real_config_chat_rev"]
     change_config(base, auto_map=published["auto_map"])

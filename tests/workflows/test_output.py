@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.tiny import write_qwen_vl
+from tiny import write_qwen_vl
 
 RECORDS = [
     {

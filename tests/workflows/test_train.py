@@ -200,11 +200,7 @@ class CutOff(BaseException):
     """What ends a run in the middle of it."""
 
 
-SAMPLING = ["random", "group_by_length"]
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize(("method", "sampling"), [("lora", "random"), ("full", "group_by_length")])
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     base, data, tmp_path, monkeypatch, method, sampling
 ):
@@ -248,7 +244,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(base, data, tmp_pat
     deadline = time.monotonic() + 120
     while process.poll() is None and len(metrics(tmp_path / "cut")) < 9:
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "final").exists()
@@ -257,13 +253,6 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(base, data, tmp_pat
 
     assert "resuming from" in shown
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-
-
-def test_the_same_recipe_learns_the_same_again(base, data, tmp_path):
-    for name in ("a", "b"):
-        run(quick(base, data, tmp_path / name))
-
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
 # --- evaluation ---
