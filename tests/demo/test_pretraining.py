@@ -19,6 +19,7 @@ def test_what_is_written_does_not_depend_on_the_number_of_workers(tmp_path):
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_every_record_names_pictures_that_were_rendered(tmp_path):
     train, held_out = write_pretraining_data(tmp_path, pictures=200, workers=1)
 

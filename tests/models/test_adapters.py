@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from golden_cases import GOLDEN
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners import lora
 from tiny import IMAGE_START_ID, write_qwen_vl
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from vltrain.models.adapters import (
     add_lora,
     count_parts,
     set_learned,
+    wrap_plain_layers_first,
 )
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -226,3 +228,16 @@ def test_the_same_seed_makes_the_same_adapter(base):
     second = adapted(base).state_dict()
 
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_quantized_layer_gets_the_adapter_of_its_own_kind():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8), "quantized": bitsandbytes.nn.Linear4bit(8, 8)})
+    model.is_loaded_in_4bit = True
+    config = LoraConfig(r=2, target_modules=["plain", "quantized"])
+
+    wrap_plain_layers_first(config)
+    inject_adapter_in_model(config, model)
+
+    assert type(model["plain"]) is lora.Linear
+    assert type(model["quantized"]) is lora.Linear4bit

@@ -398,6 +398,8 @@ def test_a_base_that_is_not_whole_is_refused(unreadable_base, data, tmp_path):
         ("trainer.per_device_train_batch_size=1.5", "should be a valid integer"),
         ("trainer.num_train_epochs=null", "should be a valid number"),
         ("trainer.weight_decay=true", "should be a valid number"),
+        ("trainer.gradient_accumulation_steps=0", "should be greater than or equal to 1"),
+        ("trainer.report_to=nothing", "nothing is not supported"),
         ("trainer.optim=adamz", "adamz is not a valid OptimizerNames"),
         ("dtype=fp16", "fp16 trains on a GPU only"),
     ],

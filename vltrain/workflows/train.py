@@ -6,15 +6,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from annotated_types import Ge
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from vltrain.config import DataConfig, Recipe, unknown_key
 from vltrain.data.checks import check_files
@@ -41,6 +43,14 @@ from vltrain.training.run_dir import RunDir, checkpoint_step, environment
 from vltrain.training.trainer import Trainer, compute_precision
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
+
+
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+"""`trainer:` keys of which a step needs at least one."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +136,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings = implied | _current_names(recipe.trainer, known)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(recipe.output), remove_unused_columns=False, **settings
         )
+        get_reporting_integration_callbacks(arguments.report_to)  # refuses an unknown one
+        return arguments
     except (TypeError, ValueError) as error:
         raise VltrainError.at(
             "trainer", what=str(error), fix="see TrainingArguments in transformers' documentation"
@@ -136,12 +148,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def _refuse_wrong_types(settings: dict[str, Any]) -> None:
-    """Raise VltrainError for values that are not of their key's type.
+    """Raise VltrainError for values that are not of their key's type, or count nothing.
 
     `TrainingArguments` takes a learning rate of "1e-4", a text, and fails after the model is
     loaded.
     """
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(TrainingArguments) | dict.fromkeys(COUNTS, Annotated[int, Ge(1)])
     problems = []
     for key, value in settings.items():
         try:
