@@ -44,7 +44,6 @@ from vltrain.training.trainer import Trainer, compute_precision
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
 
-
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
