@@ -193,6 +193,16 @@ def test_weights_in_bfloat16_are_trained_by_adapters_in_float32(base, data, tmp_
     merge(tmp_path / "run" / "final", tmp_path / "merged", console=Console(file=io.StringIO()))
 
 
+def test_frozen_weights_of_a_float32_base_survive_a_run_in_bfloat16(base, data, tmp_path):
+    steps = ("trainer.max_steps=1", "trainer.warmup_steps=0", "dtype=bf16")
+    run(quick(base, data, tmp_path / "run", *steps, method="full"))
+
+    before, after = weights(base), weights(tmp_path / "run" / "final")
+    frozen = {name for name in before if name.startswith("transformer.visual.transformer.")}
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
 # --- a run that was cut off ---
 
 

@@ -368,7 +368,20 @@ def save_final(
     if isinstance(model, PeftModel):
         save_adapter(model, origin, run.final_draft)
     else:
-        dtype = checkpoint_dtype(base.folder)
-        tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
-        save_like(base.folder, tensors, run.final_draft)
+        save_like(base.folder, final_tensors(model, recipe, base), run.final_draft)
         write_origin(origin, run.final_draft)
+
+
+def final_tensors(model: PreTrainedModel, recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
+    """The model's tensors in its checkpoint's dtype, by their published names.
+
+    What did not learn is the base's to the bit. A run in a narrower dtype has rounded it, so it
+    is read again then.
+    """
+    dtype = checkpoint_dtype(base.folder)
+    tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    if DTYPES[weights_dtype(recipe.dtype)] not in (dtype, torch.float32):
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        original = load_model(base.folder).named_parameters()
+        tensors |= {name: p.detach() for name, p in original if name in frozen}
+    return tensors
