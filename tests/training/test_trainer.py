@@ -40,7 +40,9 @@ def samples(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleDatas
     return SampleDataset(records, load_processor(base))
 
 
-def train(base: Path, samples: SampleDataset, out: Path, **settings) -> list[dict]:
+def train(
+    base: Path, samples: SampleDataset, out: Path, resume: Path | None = None, **settings
+) -> list[dict]:
     """The logged rows of a full run in float32."""
     model = set_learned(load_model(base), QWEN_VL, Freeze())
     options = {"learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "seed": 3}
@@ -56,7 +58,7 @@ def train(base: Path, samples: SampleDataset, out: Path, **settings) -> list[dic
         callbacks=[MetricsLog(rows.append)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return rows
 
 
@@ -112,6 +114,18 @@ def test_a_logged_step_says_all_that_metrics_are_made_of(base, samples, tmp_path
     measured = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in measured] == [2]
     assert len(rows) == 3  # the Trainer's summary is none of them
+
+
+def test_a_run_that_was_cut_off_behind_its_last_step_takes_no_other(base, samples, tmp_path):
+    # 8 samples, 4 a step: step 3 is in the middle of the second epoch
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "steps"}
+    train(base, samples, tmp_path, save_steps=3, **settings)
+
+    rows = train(
+        base, samples, tmp_path, resume=tmp_path / "checkpoint-3", save_steps=3, **settings
+    )
+
+    assert rows == []
 
 
 def test_losses_are_logged_unrounded(base, samples, tmp_path):

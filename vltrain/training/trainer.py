@@ -116,6 +116,13 @@ class Trainer(transformers.Trainer):
             )
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run cut off behind its last step has nothing left: `transformers` takes one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self._counted_since = (
