@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -125,6 +126,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
     _refuse_wrong_types(recipe.trainer)
     _refuse_fp16_without_gpu(recipe.dtype)
+    _refuse_several_processes()
     implied = {
         "use_cpu": not torch.cuda.is_available(),
         **compute_precision(DTYPES[weights_dtype(recipe.dtype)]),
@@ -139,11 +141,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             output_dir=str(recipe.output), remove_unused_columns=False, **settings
         )
         get_reporting_integration_callbacks(arguments.report_to)  # refuses an unknown one
-        return arguments
     except (TypeError, ValueError) as error:
         raise VltrainError.at(
             "trainer", what=str(error), fix="see TrainingArguments in transformers' documentation"
         ) from error
+    # More cards would make it nn.DataParallel, which parts samples from their pictures.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _refuse_wrong_types(settings: dict[str, Any]) -> None:
@@ -174,6 +178,16 @@ def _refuse_fp16_without_gpu(dtype: str) -> None:
     if dtype == "fp16" and not torch.cuda.is_available():
         raise VltrainError.at(
             "dtype", what="fp16 trains on a GPU only, and there is none", fix="use bf16 or fp32"
+        )
+
+
+def _refuse_several_processes() -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and "LOCAL_RANK" in os.environ:  # as torchrun sets them
+        raise VltrainError.at(
+            "torchrun",
+            what=f"{processes} processes were started, and a run is one",
+            fix="start the command by itself",
         )
 
 
