@@ -1,4 +1,4 @@
-"""`python -m vltrain`, and so `torchrun -m vltrain`."""
+"""`python -m vltrain` is `vltrain`."""
 
 from vltrain.cli import main
 

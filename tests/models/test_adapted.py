@@ -10,9 +10,9 @@ from tiny import write_qwen_vl
 
 from vltrain.errors import VltrainError
 from vltrain.models import load_model
-from vltrain.models.adapted import find_base, is_adapter, load_adapted, read_origin
+from vltrain.models.adapted import find_base, load_adapted, read_origin
 from vltrain.models.adapters import Adapter, Freeze, add_lora
-from vltrain.models.catalog import QWEN_VL
+from vltrain.models.catalog import QWEN_VL, is_adapter
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.saving import Origin, save_adapter
 

@@ -9,19 +9,13 @@ from safetensors import SafetensorError
 
 from vltrain.errors import VltrainError
 from vltrain.models.adapters import wrap_plain_layers_first
-from vltrain.models.catalog import read_json
+from vltrain.models.catalog import ADAPTER_CONFIG, is_adapter, read_json
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import LISTED, load_model
 from vltrain.models.saving import ORIGIN_FILE, Origin
 
-ADAPTER_CONFIG = "adapter_config.json"
 RUN_ENVIRONMENT = "environment.json"  # names the base for all checkpoints of a run
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, as `peft` writes one, and no whole model."""
-    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def read_origin(adapter: Path) -> Origin:

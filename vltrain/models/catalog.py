@@ -34,6 +34,8 @@ QWEN_VL = Family(
 
 FAMILIES = (QWEN_VL,)
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
@@ -75,6 +77,11 @@ def family_of(folder: Path) -> Family:
         what=f"no known family has model_type {model_type!r} and these keys: {sorted(config)}",
         fix=f"use a model of {known}; Qwen-VL v1 has a `visual` section, text-only Qwen has none",
     )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, as `peft` writes one, and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def is_chat_tuned(folder: Path) -> bool:

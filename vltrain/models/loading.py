@@ -122,6 +122,13 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     return named_dtype(config.get("torch_dtype") or config.get("dtype") or "float32")
 
 
+def dtype_for_machine(dtype: str = "auto") -> str:
+    """A recipe's `dtype` resolved: "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def named_dtype(name: str) -> torch.dtype:
     """The dtype of a name such as "bf16" or "bfloat16".
 

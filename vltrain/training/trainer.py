@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-IGNORE_INDEX = -100
+from vltrain.data.encoding import IGNORE_INDEX
 
 
 @dataclass

@@ -26,12 +26,11 @@ from vltrain.data.formats import ROLES, conversation_from_record
 from vltrain.data.images import open_image, resolve_image
 from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Prompt, answer_batches
+from vltrain.models.catalog import is_adapter
 from vltrain.models.hub import resolve_model
-from vltrain.models.loading import load_model, load_processor
+from vltrain.models.loading import dtype_for_machine, load_model, load_processor
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
-
-ADAPTER_MARK = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,9 @@ def load_for_answers(folder: Path) -> tuple[PreTrainedModel, Any]:
     Args:
         folder: of a base or merged model, or of an adapter, whose base is found by itself.
     """
-    on_gpu = torch.cuda.is_available()
-    dtype = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    device = "cuda" if on_gpu else "cpu"
-    if (folder / ADAPTER_MARK).is_file():
+    dtype = dtype_for_machine()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_adapter(folder):
         from vltrain.models.adapted import find_base, load_adapted  # peft takes seconds to import
 
         base = find_base(folder)

@@ -36,7 +36,7 @@ from vltrain.models.catalog import family_of, is_chat_tuned, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, resolve_model
-from vltrain.models.loading import DTYPES, checkpoint_dtype, load_model
+from vltrain.models.loading import DTYPES, checkpoint_dtype, dtype_for_machine, load_model
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.plot import plot_loss
@@ -100,7 +100,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     run.begin(
         recipe,
         environment(
-            dtype=weights_dtype(recipe.dtype),
+            dtype=dtype_for_machine(recipe.dtype),
             base_path=str(base.folder),
             base_revision=base.source.revision,
             base_hash=hash_of_base,
@@ -129,7 +129,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     _refuse_several_processes()
     implied = {
         "use_cpu": not torch.cuda.is_available(),
-        **compute_precision(DTYPES[weights_dtype(recipe.dtype)]),
+        **compute_precision(DTYPES[dtype_for_machine(recipe.dtype)]),
         "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -199,13 +199,6 @@ def _current_names(settings: dict[str, Any], known: Sequence[str]) -> dict[str, 
         key.replace("gradient_checkpointing", "activation_checkpointing"): value
         for key, value in settings.items()
     }
-
-
-def weights_dtype(dtype: str) -> str:
-    """The recipe's `dtype` resolved: "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
-    if dtype != "auto":
-        return dtype
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def read_base(model: str) -> Base:
@@ -280,7 +273,7 @@ def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel |
     freeze = Freeze(recipe.freeze.vision, recipe.freeze.projector, recipe.freeze.language)
     if recipe.method == "lora":
         refuse_impossible(freeze)  # before the minutes that loading may take
-    model = load_model(base.folder, dtype=weights_dtype(recipe.dtype))
+    model = load_model(base.folder, dtype=dtype_for_machine(recipe.dtype))
     model.config.use_cache = False
     if recipe.method == "full":
         return set_learned(model, base.family, freeze)
@@ -329,7 +322,7 @@ def show_plan(
         console.print(f"{len(halves.evaluation):,} samples to evaluate on")
     console.print(
         f"{step_count(arguments, len(samples)):,} steps of {step:,} samples, "
-        f"weights in {weights_dtype(recipe.dtype)}, on {arguments.device}"
+        f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"
     )
 
 
@@ -394,7 +387,7 @@ def final_tensors(model: PreTrainedModel, recipe: Recipe, base: Base) -> dict[st
     """
     dtype = checkpoint_dtype(base.folder)
     tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
-    if DTYPES[weights_dtype(recipe.dtype)] not in (dtype, torch.float32):
+    if DTYPES[dtype_for_machine(recipe.dtype)] not in (dtype, torch.float32):
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         original = load_model(base.folder).named_parameters()
         tensors |= {name: p.detach() for name, p in original if name in frozen}
