@@ -60,6 +60,15 @@ def _printed(folder: Path) -> str:
     return capture.get()
 
 
+def test_an_answer_with_a_line_separator_of_its_own_is_one_answer(answered):
+    row = {"record": 0, "turn": 1, "answer": "7\u2028\x85"}
+    rest = (answered / "base_answers.jsonl").read_text().partition("\n")[2]
+    text = json.dumps(row, ensure_ascii=False) + "\n" + rest
+    (answered / "base_answers.jsonl").write_text(text, encoding="utf-8")
+
+    assert read_scored(answered)[0].before == "7\u2028\x85"
+
+
 def test_the_base_of_the_demo_is_small_and_loads(demo):
     model = load_model(demo / "model")
     processor = load_processor(demo / "model")

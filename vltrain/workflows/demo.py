@@ -166,7 +166,9 @@ def _read_answers(path: Path) -> dict[tuple[int, int], str]:
             what="the file with a model's answers is missing",
             fix=f"vltrain chat MODEL --input {path.parent / HELD_OUT} --output {path}",
         )
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): an answer may hold a line separator that JSON leaves as it is.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     return {(row["record"], row["turn"]): row["answer"] for row in rows}
 
 
