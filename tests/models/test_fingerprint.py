@@ -39,6 +39,15 @@ def test_bin_files_count_where_there_are_no_safetensors(tmp_path):
     assert weights_hash(tmp_path) != bin_only
 
 
+def test_an_empty_file_counts_by_its_name(tmp_path):
+    write_qwen_vl(tmp_path)
+    before = weights_hash(tmp_path)
+
+    (tmp_path / "model-2.safetensors").touch()
+
+    assert weights_hash(tmp_path) != before
+
+
 def test_a_folder_without_weights_has_no_hash(tmp_path):
     with pytest.raises(VltrainError, match="holds no weights"):
         weights_hash(tmp_path)

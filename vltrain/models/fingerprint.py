@@ -23,7 +23,10 @@ def weights_hash(folder: Path) -> str:
     found = False
     for file in weight_files(folder):
         found = True
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        if not size:  # a download that broke off; nothing can be mapped
+            continue
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
             digest.update(m)
     if not found:
