@@ -376,6 +376,10 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path):
     )
 
 
+def test_a_placeholder_that_nobody_filled_in_is_told_with_its_line(tmp_path: Path):
+    assert "recipe.yaml:1: is not YAML" in fault_in_file(tmp_path, "model: {{MODEL}}\n")
+
+
 def test_broken_yaml_is_told_with_its_line(tmp_path: Path):
     assert "recipe.yaml:2: is not YAML" in fault_in_file(tmp_path, "model: a\ndata: ]\n")
 

@@ -223,6 +223,8 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or a mapping, which the base class refuses
             if key.value in names:
                 raise yaml.MarkedYAMLError(
                     problem=f"`{key.value}` is written twice", problem_mark=key.start_mark
