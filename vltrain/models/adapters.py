@@ -34,7 +34,7 @@ class Adapter:
     """The shape of a LoRA adapter (arXiv:2106.09685)."""
 
     r: int = 64
-    alpha: int = 16
+    alpha: float = 16
     dropout: float = 0.05
     targets: tuple[str, ...] | str | None = None  # None: what the family names
     embeddings: bool = False  # input and output embeddings learn in full
