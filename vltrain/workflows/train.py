@@ -349,16 +349,20 @@ def fit(
     run.cut_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
+    progress = ProgressBar(console)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=halves.train,
         eval_dataset=halves.evaluation,
         data_collator=Collator(base.processor.pad_id),
-        callbacks=[MetricsLog(run.append_metrics), ProgressBar(console)],
+        callbacks=[MetricsLog(run.append_metrics), progress],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.bar.stop()  # or a run that breaks off leaves the terminal without a cursor
 
 
 def save_final(
