@@ -3,11 +3,13 @@
     RUN/recipe.yaml         the resolved recipe; it makes the directory a run's
     RUN/environment.json    versions, hardware, the base
     RUN/metrics.jsonl       one object for each logged step
+    RUN/runs/               the same for TensorBoard
     RUN/checkpoint-N/       weights, optimizer and random state after step N
     RUN/loss.png            the curve, drawn at the end
     RUN/final/              the adapter or model; it is there whole or not at all
 
-Every file is written beside its place and renamed, so a run that is killed leaves nothing half.
+What this module writes whole is written beside its place and renamed; a line or a checkpoint that
+was cut off is passed over in reading. So a run may be killed at any time.
 """
 
 import importlib.metadata
@@ -225,7 +227,7 @@ def environment(
 
     Args:
         dtype: of the weights, "bf16" and the like.
-        base_path: the folder that the base was read from.
+        base_path: the folder that the base was read from, absolute: checkpoints lead there.
         base_revision: the hub's commit of it; None for a folder of the user's own.
         base_hash: of the base's weights, as it travels with the adapter.
         engine: "none" for one process.

@@ -101,7 +101,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
         recipe,
         environment(
             dtype=dtype_for_machine(recipe.dtype),
-            base_path=str(base.folder),
+            base_path=str(base.folder.resolve()),
             base_revision=base.source.revision,
             base_hash=hash_of_base,
         ),
