@@ -10,6 +10,7 @@ from letters import END, IMG, IMG_END, IMGPAD, NEWLINE, START, LetterProcessor, 
 from vltrain.data import encode
 from vltrain.data.conversation import ImagePart, TextPart, Turn
 from vltrain.data.encoding import Segment, ids_and_labels, prompt_ids
+from vltrain.data.formats import parts_of
 from vltrain.errors import VltrainError
 from vltrain.models.qwen_vl.processing import QwenVLImageProcessor, QwenVLProcessor
 from vltrain.models.qwen_vl.tokenization import QwenVLTokenizer
@@ -17,6 +18,9 @@ from vltrain.models.qwen_vl.tokenization import QwenVLTokenizer
 LETTERS = LetterProcessor()
 TOKENS = Path(__file__).parents[1] / "golden" / "tokens"
 GOLDEN = {s["id"]: s for s in json.loads((TOKENS / "samples.json").read_text())["samples"]}
+MAKE_CONTEXT = json.loads((TOKENS.parent / "tokenizer" / "make_context.json").read_text())
+# Without those that have no turns, or whose history the original cuts to a window.
+PROMPTS = [c for c in MAKE_CONTEXT if not {"chat_format", "max_window_size"} & c["input"].keys()]
 READ_HERE = {"role_system", "image_path_special_inside"}  # the original fails on these
 PARSED_THERE = re.compile(r"<\|\w+\|>|<imgpad>")  # control tokens in what somebody wrote
 IMG_ID, IMG_END_ID, IMGPAD_ID = 151857, 151858, 151859
@@ -174,6 +178,18 @@ def test_what_the_original_fails_on_is_refused_or_read_whole(name, processor):
     else:
         with pytest.raises(VltrainError):
             encode(value, processor, labels="reference")
+
+
+@pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case["input"]["query"][:5])
+def test_a_prompt_has_the_ids_that_the_original_asks_with(case, processor):
+    written = [("system", case["input"]["system"])]
+    for question, answer in case["input"]["history"] or []:
+        written += [("user", question), ("assistant", answer)]
+    written.append(("user", case["input"]["query"]))
+
+    prompt = prompt_ids([Turn(role, parts_of(text, role)[0]) for role, text in written], processor)
+
+    assert prompt == with_placeholders(case["out"]["result"]["context_tokens"])[0]
 
 
 @pytest.mark.parametrize("policy", ["assistant", "reference"])
