@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vltrain"
 # From what is below to what is above; floors in one row do not know each other.
 FLOORS = (
     ("errors",),
+    ("recipe_yaml",),
     ("config",),
     ("data", "models", "demo"),
     ("training", "evaluation"),
@@ -21,7 +22,7 @@ FLOORS = (
 )
 LEVELS = {floor: level for level, row in enumerate(FLOORS) for floor in row}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "tiktoken"}
-LIGHT_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py")
+LIGHT_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "recipe_yaml.py")
 TORCH_FREE = sorted(path for path in (PACKAGE / "data").glob("*.py") if path.name != "collation.py")
 
 

@@ -11,17 +11,16 @@ and is given to it by the workflow that trains.
 
 import difflib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from vltrain.errors import VltrainError
+from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
 
 Method = Literal["full", "lora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -154,7 +153,7 @@ def load_recipe(
             out of range; all of a recipe's mistakes at once, each with where it was written.
     """
     where = str(path) if path else "the recipe"
-    values = _read(path) if path else {}
+    values = read_yaml(path) if path else {}
     origins: dict[str, str] = {}
     stated = values.setdefault("method", method)
     if stated != method:
@@ -185,7 +184,7 @@ def read_resolved(path: Path) -> Recipe:
     Raises:
         VltrainError: as `load_recipe`; also a file that does not say its method.
     """
-    method = _read(path).get("method")
+    method = read_yaml(path).get("method")
     if method not in METHOD_DEFAULTS:
         known = " or ".join(METHOD_DEFAULTS)
         raise VltrainError.at(
@@ -199,81 +198,13 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     values = TypeAdapter(Recipe).dump_python(recipe, mode="json")
     if recipe.method == "full":
         del values["lora"]
-    return yaml.dump(values, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
+    return to_yaml(values)
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> VltrainError:
     """The error for a key that nothing reads; it names the nearest one that something does."""
     near = _nearest(key, list(known))
     return VltrainError.at(where, what=f"`{key}` is no known key", fix=f"did you mean `{near}`?")
-
-
-FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?"
-    r"|[0-9][0-9_]*[eE][-+]?[0-9]+"
-    r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-    r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
-)
-"""What a person calls a number; YAML 1.1, and so PyYAML, reads 1e-5 as a string."""
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML with people's floats, without dates, and where a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # a list or a mapping, which the base class refuses
-            if key.value in names:
-                raise yaml.MarkedYAMLError(
-                    problem=f"`{key.value}` is written twice", problem_mark=key.start_mark
-                )
-            names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Quotes what `_RecipeLoader` would take for something else."""
-
-
-for _side in (_RecipeLoader, _RecipeDumper):
-    _side.yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern) for tag, pattern in pairs if not tag.endswith(("float", "timestamp"))
-        ]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise VltrainError.at(
-            where + (f":{mark.line + 1}" if mark else ""),
-            what=f"is not YAML: {getattr(error, 'problem', error)}",
-            fix="mend the line",
-        ) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VltrainError.at(
-            str(path),
-            what=f"the recipe cannot be read: {getattr(error, 'strerror', None) or error}",
-            fix="give the path of a YAML file",
-        ) from None
-    values = _parse(text, where=str(path))
-    if values is not None and not isinstance(values, dict):
-        raise VltrainError.at(
-            str(path), what="a recipe is a mapping of keys", fix="begin with a line like `model: …`"
-        )
-    return values or {}
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
@@ -294,7 +225,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
             f"--set {override}", what="is not KEY=VALUE", fix="write --set data.max_length=1024"
         )
     key = key.strip()
-    return key, _parse(text, where=f"--set {key}")
+    return key, parse_yaml(text, where=f"--set {key}")
 
 
 def _place(values: dict[str, Any], key: str, value: Any, where: str) -> None:
