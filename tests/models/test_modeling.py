@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vltrain.models.adapters import Adapter, Freeze, add_lora, set_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
-from vltrain.models.qwen_vl.modeling import log_n_scale, ntk_alpha
+from vltrain.models.qwen_vl.positions import log_n_scale, ntk_alpha
 from vltrain.models.qwen_vl.vision import resize_positions, sincos_2d
 
 SEQ_LENGTH = 64
