@@ -49,6 +49,23 @@ def test_pictures_go_to_their_places_in_history_and_question():
     assert conversation.turns[2].parts == (ImagePart("2.png"), TextPart("q"))
 
 
+def test_a_question_without_pictures_beside_it_may_name_them_in_tags():
+    value = asked("Picture 1:<img>a.png</img>\nq", "<ref>x</ref>", history=[["p", "b"]], system="S")
+
+    conversation = conversation_from_record(value)
+
+    assert conversation.turns[0].role == "system"
+    assert conversation.turns[3].parts == (
+        TextPart("Picture 1:"),
+        ImagePart("a.png"),
+        TextPart("\nq"),
+    )
+
+
+def test_a_question_names_its_pictures_in_one_way_alone():
+    assert kinds(asked("<img>a.png</img><image>", images=["a.png"])) == ["picture_markup"]
+
+
 def test_boxes_in_pixels_are_scaled_by_the_pictures_size():
     assert answer(located([50, 10, 200, 40])) == "<box>(250,200),(999,800)</box>"
 

@@ -155,6 +155,13 @@ def test_what_cannot_be_read_in_other_formats_is_refused_by_both_readings(value,
             conversation_from_record(value, lenient=lenient)
 
 
+def test_pictures_are_not_counted_while_a_turn_is_unknown():
+    value = said("<image>q", "a", images=["a.png", "b.png"])
+    value["messages"][0]["role"] = "tool"
+
+    assert kinds(value) == ["role"]
+
+
 def test_a_key_that_is_null_does_not_hide_the_one_that_holds_the_turns():
     value = {"conversations": None, **said("q", "a")}
 

@@ -19,9 +19,10 @@ from typing import Any, Literal
 from vltrain.data.conversation import Conversation, Role, TextPart, Turn
 from vltrain.data.faults import Fault, error_of
 from vltrain.data.markup import parts_of, prose_faults
-from vltrain.data.swift import ImageSize, query_drafts, with_objects
+from vltrain.data.swift import ImageSize, as_messages, with_objects
 from vltrain.data.turn_lists import (
     IMAGE_PLACEHOLDER,
+    PICTURE_COUNT,
     UNKNOWN_TURN,
     Draft,
     drafts_of,
@@ -109,16 +110,13 @@ def format_of(record: Any) -> Format:
     if key is None:
         asked = isinstance(record, dict) and ("query" in record or "response" in record)
         return "swift" if asked else "qwen_vl"
-    entries = record[key] if isinstance(record[key], list) else []
-    turns = [entry for entry in entries if isinstance(entry, dict)]
-    said = [entry.get(name) for entry in turns for name in ("value", "content")]
-    text = "\0".join(value for value in said if isinstance(value, str))
+    text = _text_of(record[key])
     has_placeholders = IMAGE_PLACEHOLDER in text
     if key == "conversations" and "<img>" in text:
         return "llava" if has_placeholders and has_pictures(record) else "qwen_vl"
     if record.get("objects") is not None and ("<bbox>" in text or "<ref-object>" in text):
         return "swift"
-    in_parts = any(isinstance(value, list) for value in said)
+    in_parts = any(isinstance(value, list) for value in _said(record[key]))
     if has_placeholders or (has_pictures(record) and not in_parts):
         return "llava"
     return "messages" if key == "messages" or in_parts else "qwen_vl"
@@ -147,11 +145,19 @@ def placeholder_turns(record: Any, image_size: ImageSize | None = None) -> Readi
 
 
 def swift_turns(record: Any, image_size: ImageSize | None = None) -> Reading:
-    """`query`, `response` and `history`, or a list of turns, with the boxes of `objects`."""
-    if not isinstance(record, dict) or list_key(record):
-        drafts, faults = drafts_of(record, placeholder_text)
-    else:
-        drafts, faults = query_drafts(record)
+    """`query`, `response` and `history`, or a list of turns, with the boxes of `objects`.
+
+    With nothing beside it, a question may name its pictures as `<img>path</img>`, as the tool's
+    first versions did for Qwen-VL.
+    """
+    if isinstance(record, dict) and not list_key(record):
+        record, unread = as_messages(record)
+        if unread:
+            return [], unread
+        alone = not has_pictures(record) and not record.get("objects")
+        if alone and "<img>" in _text_of(record["messages"]):
+            return qwen_vl_turns(record)
+    drafts, faults = drafts_of(record, placeholder_text)
     if drafts and record.get("objects") is not None:
         sources, _ = picture_sources(record)
         drafts, found = with_objects(drafts, record["objects"], sources, image_size)
@@ -168,11 +174,26 @@ READERS: dict[Format, Callable[[Any, ImageSize | None], Reading]] = {
 }
 
 
+def _said(entries: Any) -> list[Any]:
+    """What the turns of a list say, as far as it is one; of any type."""
+    listed = entries if isinstance(entries, list) else []
+    turns = [entry for entry in listed if isinstance(entry, dict)]
+    return [entry.get(key) for entry in turns for key in ("value", "content")]
+
+
+def _text_of(entries: Any) -> str:
+    """All that the turns of a list say in plain strings."""
+    return "\0".join(text for text in _said(entries) if isinstance(text, str))
+
+
 def _filled(record: Any, drafts: list[Draft], faults: list[Fault]) -> Reading:
     """The turns of drafts with the pictures beside them, and what is wrong with their text."""
     if not drafts:
         return [], faults
     turns, found = filled(drafts, record)
+    if any(fault.kind in UNKNOWN_TURN for fault in faults):
+        # A turn that is not known may have had places for pictures.
+        found = [fault for fault in found if fault.kind not in PICTURE_COUNT]
     prose = [
         fault
         for turn in turns

@@ -15,14 +15,7 @@ from typing import Any
 from vltrain.data.conversation import TextPart
 from vltrain.data.faults import Fault
 from vltrain.data.grounding import GRID
-from vltrain.data.turn_lists import (
-    Draft,
-    Piece,
-    drafts_of,
-    json_type,
-    near_miss,
-    placeholder_text,
-)
+from vltrain.data.turn_lists import Draft, Piece, json_type, near_miss
 
 ImageSize = Callable[[str], tuple[int, int] | Fault]
 """Where a picture is -> its width and height in pixels, or why they are not known."""
@@ -42,29 +35,41 @@ class _Box:
     picture: Any  # which of the record's pictures it lies on, from 0
 
 
-def query_drafts(record: dict[str, Any]) -> tuple[list[Draft], list[Fault]]:
-    """The turns of `history`, `query` and `response`, in this order."""
+def as_messages(record: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+    """`history`, `query` and `response` as a record with `messages`, all its other keys kept.
+
+    The list is empty where one of them cannot be read.
+    """
+    said, faults = _said(record)
+    turns = [
+        {"role": "assistant" if number % 2 else "user", "content": text}
+        for number, text in enumerate(said)
+    ]
+    return {**record, "messages": [] if faults else turns}, faults
+
+
+def _said(record: dict[str, Any]) -> tuple[list[str], list[Fault]]:
+    """What is said, by turns of user and assistant, and what is wrong with it."""
     history = record.get("history") or []
     if not isinstance(history, list):
         message = f"`history` is {json_type(history)}, not a list of pairs"
         return [], [Fault("bad_turn", message, 'write [["question", "answer"], …]')]
     said: list[str] = []
+    faults: list[Fault] = []
     for number, pair in enumerate(history):
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+        if isinstance(pair, list) and [type(text) for text in pair] == [str, str]:
+            said += pair
+        else:
             message = f"entry {number} of `history` is not a question and its answer"
-            return [], [Fault("bad_turn", message, 'write ["question", "answer"]')]
-        said += pair
+            faults.append(Fault("bad_turn", message, 'write ["question", "answer"]'))
     for key in ("query", "response"):
-        if not isinstance(record.get(key), str):
+        if isinstance(record.get(key), str):
+            said.append(record[key])
+        else:
             what = f"is {json_type(record[key])}" if key in record else "is not there"
             message = f"`{key}` {what}{'' if key in record else near_miss(key, record)}"
-            return [], [Fault("bad_turn", message, f'write "{key}" as a string')]
-        said.append(record[key])
-    turns = [
-        {"role": "assistant" if number % 2 else "user", "content": text}
-        for number, text in enumerate(said)
-    ]
-    return drafts_of({"messages": turns}, placeholder_text)
+            faults.append(Fault("bad_turn", message, f'write "{key}" as a string'))
+    return said, faults
 
 
 def with_objects(

@@ -23,7 +23,11 @@ ROLES: dict[str, Role] = {
 }
 IMAGE_PLACEHOLDER = "<image>"
 UNKNOWN_TURN = ("bad_turn", "role")  # kinds of fault in whose place a turn is missing
-_LISTS = ("conversations", "messages")
+PICTURE_COUNT = ("missing_pictures", "unplaced_pictures")  # kinds of fault about their number
+_LISTS = {  # keys of a list of turns, and what a turn is like
+    "conversations": '{"from": "user", "value": "…"}',
+    "messages": '{"role": "user", "content": "…"}',
+}
 _PICTURE_KEYS = ("image", "image_url", "path", "url")
 _PART_FIX = 'parts are {"type": "text", "text": "…"} and {"type": "image", "image": "path"}'
 
@@ -76,7 +80,7 @@ def turn_list(record: Any) -> tuple[list[Any], list[Fault]]:
         )
     key = list_key(record)
     if key is None:
-        meant = next((name for name in _LISTS if near_miss(name, record)), _LISTS[0])
+        meant = next((name for name in _LISTS if near_miss(name, record)), "conversations")
         return fault(
             "no_conversations",
             f"the record has no `{meant}`" + near_miss(meant, record),
@@ -87,7 +91,7 @@ def turn_list(record: Any) -> tuple[list[Any], list[Fault]]:
         return fault(
             "no_conversations",
             f"`{key}` is {json_type(turns)}, not a list",
-            'write a list of turns: [{"from": "user", "value": "…"}, …]',
+            f"write a list of turns: [{_LISTS[key]}, …]",
         )
     if not turns:
         return fault(
