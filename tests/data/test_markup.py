@@ -67,7 +67,7 @@ def test_texts_that_touch_are_one_text_and_empty_ones_are_none():
 def test_a_picture_tag_in_prose_is_refused(text):
     (fault,) = prose_faults(text, "turn 0 (user)")
 
-    assert (fault.kind, fault.grade) == ("picture_markup", "strict")
+    assert (fault.kind, fault.grade) == ("picture_markup", "unreadable")
     assert fault.message.startswith("turn 0 (user) has <")
 
 

@@ -102,8 +102,9 @@ def test_picture_tags_in_messages_are_refused():
     value = said("<img>a.png</img>q", "a")
 
     assert kinds(value) == ["picture_markup"]
-    with pytest.raises(VltrainError, match=r"set data\.format: qwen_vl to read the tags"):
-        conversation_from_record(value)
+    for lenient in (False, True):
+        with pytest.raises(VltrainError, match=r"set data\.format: qwen_vl to read the tags"):
+            conversation_from_record(value, lenient=lenient)
 
 
 @pytest.mark.parametrize(

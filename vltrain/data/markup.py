@@ -48,7 +48,8 @@ def prose_faults(text: str, where: str) -> list[Fault]:
     """What is wrong with text in which `<img>` names no picture: a tag of it, or unpaired ones.
 
     Such a tag is refused. Read as a picture it would open whatever path somebody wrote; left as
-    text it would end a picture that never began.
+    text it would end a picture that never began. No reading takes it: the original knew no format
+    but its own.
     """
     tag = PICTURE_TAG.search(text)
     if tag is None:
@@ -56,7 +57,7 @@ def prose_faults(text: str, where: str) -> list[Fault]:
     around = text[max(0, tag.start() - 12) : tag.end() + 12]
     message = f"{where} has {tag[0]} in its text, where this format has no pictures: {around!r}"
     fix = "write the picture as this format does, or set data.format: qwen_vl to read the tags"
-    return [Fault("picture_markup", message, fix, "strict")]
+    return [Fault("picture_markup", message, fix)]
 
 
 def joined(parts: Iterable[Part]) -> tuple[Part, ...]:

@@ -333,4 +333,4 @@ def _count_faults(placeholders: int, pictures: int, record: dict[str, Any]) -> I
 
 
 def _empty_path(where: str) -> Fault:
-    return Fault("empty_path", f"{where} has no path", "write the picture's path", "strict")
+    return Fault("empty_path", f"{where} has no path", "write the picture's path")
