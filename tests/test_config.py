@@ -280,6 +280,7 @@ def test_whoever_reads_a_section_can_tell_of_an_unknown_key():
         ("data.eval_share=-0.1", "greater than or equal to 0"),
         ("data.too_long=cut", "'error' or 'drop'"),
         ("data.labels=all", "'assistant' or 'reference'"),
+        ("data.format=coco", "'sharegpt' or 'swift'"),
         ("data=a.json", "a section"),
         ("lora.r=0", "greater than or equal to 1"),
         ("lora.alpha=0", "greater than 0"),

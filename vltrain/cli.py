@@ -200,6 +200,10 @@ def check(
         Literal["error", "drop"],
         typer.Option("--too-long", help="What a longer sample is: an error, or to be dropped."),
     ] = "error",
+    data_format: Annotated[
+        Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"],
+        typer.Option("--format", help="How records are read; auto tells by their content."),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report all that is wrong with data files.
@@ -215,6 +219,7 @@ def check(
             model=model,
             max_length=max_length,
             too_long=too_long,
+            format=data_format,
             as_json=as_json,
         )
     )

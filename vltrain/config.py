@@ -35,6 +35,7 @@ class DataConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     files: Annotated[tuple[Path, ...], MinLen(1)]  # one alone may be written without brackets
+    format: Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"] = "auto"
     eval_files: tuple[Path, ...] = ()
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training samples, kept for evaluation
     image_root: Path | None = None  # where relative picture paths start; None: the file's folder

@@ -217,12 +217,32 @@ def test_a_report_has_the_form_that_other_programs_read(folder):
     assert isinstance(report.findings[0], Finding)
 
 
-@pytest.mark.parametrize("name", ["conversations.json", "grounding.json", "text_only.jsonl"])
-def test_every_example_is_clean(name):
-    report = check_files([EXAMPLES / name], processor=LetterProcessor(), max_length=400)
+def test_a_box_in_pixels_of_a_missing_picture_is_found_beside_it(folder):
+    value = {"query": "<image>q", "response": "<bbox>", "images": ["no.png"]}
+    value["objects"] = {"bbox": [[1, 1, 2, 2]]}
 
-    assert report.findings == ()
-    assert report.records >= 4
+    report = checked(folder, value)
+
+    assert [found.kind for found in report.findings] == ["pixel_box", "missing_picture"]
+
+
+def test_pictures_beside_the_turns_are_checked_like_those_in_the_text(folder):
+    turns = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+
+    report = checked(
+        folder,
+        {"messages": turns, "images": ["bad.png"]},
+        {"messages": turns, "images": ["good.png"]},
+    )
+
+    assert [(found.record, found.kind) for found in report.findings] == [(0, "broken_picture")]
+
+
+def test_a_check_reads_records_in_the_format_that_is_set(folder):
+    value = record("Say <image>.", "a")
+
+    assert [found.kind for found in checked(folder, value).findings] == ["missing_pictures"]
+    assert checked(folder, value, format="qwen_vl").findings == ()
 
 
 def test_the_boxes_of_the_examples_lie_on_what_they_name():

@@ -57,6 +57,7 @@ def test_a_record_is_named_by_file_and_number():
         ("a.json", f"[{'9' * 5000}]", "not JSON: line 1"),
         ("a.json", '["caf\xe9"]'.encode("latin-1"), "line 1 is not UTF-8"),
         ("a.json", '["x"]'.encode("utf-16"), "line 1 is not UTF-8"),
+        ("a.jsonl", '{"a": 1}\n{}\n'.encode("utf-16"), "the file is UTF-16, not UTF-8"),
         ("a.jsonl", '[{"id": 1}]', "the file is a JSON list, not one record per line"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "#1: not JSON: line 2"),
     ],
@@ -126,6 +127,26 @@ def test_a_sample_brings_its_pictures_pixels(tmp_path):
     assert sample["pixel_values"][:, :, 0, 0].tolist() == [[10, 20, 30], [40, 50, 60]]
     assert len(sample["input_ids"]) == len(sample["labels"]) == samples.lengths[0]
     assert sample["record"] == "train.json#0"
+
+
+def test_boxes_in_pixels_are_measured_on_the_picture_beside_the_data_file(tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    value = {"query": "<image>q", "response": "<bbox>", "images": ["a.png"]}
+    value["objects"] = {"bbox": [[10, 10, 20, 20]]}
+
+    samples = SampleDataset([Record(tmp_path / "train.jsonl", 0, value)], LETTERS)
+
+    answer = [token for token in samples[0]["labels"] if token != -100]
+    assert "".join(map(chr, answer[:-1])) == "<box>(100,200),(200,400)</box>"
+
+
+def test_records_are_read_in_the_format_that_is_set():
+    value = {"messages": [{"role": "user", "content": "<img>a.png</img>q"}]}
+    value["messages"].append({"role": "assistant", "content": "a"})
+
+    with pytest.raises(VltrainError, match="<img> in its text"):
+        SampleDataset(records_of(value), LETTERS)
+    assert SampleDataset(records_of(value), LETTERS, format="qwen_vl").image_counts == [1]
 
 
 def test_a_sample_without_pictures_has_no_pixels():

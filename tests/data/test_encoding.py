@@ -82,6 +82,23 @@ def test_the_tags_of_an_assistants_picture_are_learned_under_reference_alone(pol
     assert sample.labels[picture : picture + 4] == learned
 
 
+@pytest.mark.parametrize("policy", ["assistant", "reference"])
+def test_nothing_of_a_turn_with_weight_0_is_learned(policy):
+    value = record("q", "shown", "q", "a")
+    value["conversations"][1]["weight"] = 0
+    head = [START, *letters("assistant"), NEWLINE]
+
+    sample = encode(value, LETTERS, labels=policy)
+    learned = encode(record("q", "shown", "q", "a"), LETTERS, labels=policy)
+
+    start = len([*SYSTEM, START, *letters("user"), NEWLINE, *letters("q"), END, NEWLINE])
+    end = start + len([*head, *letters("shown"), END, NEWLINE])
+    assert sample.input_ids == learned.input_ids
+    assert sample.labels[start:end] == [-100] * (end - start)
+    assert sample.labels[:start] == learned.labels[:start]
+    assert sample.labels[end:] == learned.labels[end:]
+
+
 def test_a_system_turn_of_the_record_stands_in_place_of_the_default():
     value = record("q", "a")
     value["conversations"].insert(0, {"from": "system", "value": "T"})

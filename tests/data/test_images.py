@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vltrain.data.images import image_candidates, open_image, picture_faults, resolve_image
+from vltrain.data.faults import Fault
+from vltrain.data.images import (
+    image_candidates,
+    image_size,
+    open_image,
+    picture_faults,
+    resolve_image,
+)
 from vltrain.errors import VltrainError
 
 
@@ -21,6 +28,21 @@ def noise(path: Path) -> Path:
     pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
+
+
+def test_a_pictures_size_is_its_width_and_height(tmp_path):
+    saved(tmp_path / "a.png", size=(8, 6))
+
+    assert image_size("a.png", image_root=tmp_path) == (8, 6)
+
+
+def test_the_size_of_what_is_no_picture_is_a_fault(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+
+    for name, kind in (("a.png", "broken_picture"), ("b.png", "missing_picture")):
+        fault = image_size(name, image_root=tmp_path)
+        assert isinstance(fault, Fault)
+        assert fault.kind == kind
 
 
 def test_a_picture_is_looked_for_in_the_root_then_beside_the_data_then_here(tmp_path, monkeypatch):

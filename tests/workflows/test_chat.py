@@ -94,6 +94,34 @@ def test_a_prompt_has_the_earlier_turns_as_the_file_has_them(
     )
 
 
+def test_questions_of_other_formats_are_asked_too(tmp_path: Path, model: Path, console: Console):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    part = {"type": "image", "path": "red.png"}
+    values = [
+        {"system": "S", "query": "<image>q", "response": "a", "images": ["red.png"]},
+        {
+            "messages": [
+                {"role": "user", "content": [part, {"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": "b", "weight": 0},
+            ]
+        },
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, values)))
+
+    questions = read_questions(file, None, console)
+
+    assert [(q.record.index, q.turn, q.expected) for q in questions] == [(0, 1, "a"), (1, 1, "b")]
+    picture = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
+    prompt = prompt_of(questions[0], load_processor(model), None)
+    assert prompt.input_ids == [
+        *ids(b"\x01system\nS\x02\n\x01user\n"),
+        *picture,
+        *ids(b"q\x02\n\x01assistant\n"),
+    ]
+    assert prompt.load_pixels().shape == (1, 3, 56, 56)
+
+
 def test_a_prompts_pictures_are_those_of_the_turns_before_it(
     data: Path, model: Path, console: Console
 ):

@@ -50,6 +50,15 @@ def test_json_output_is_one_object(faulty, capsys):
     ]
 
 
+def test_the_format_can_be_said(tmp_path):
+    turns = [{"from": "user", "value": "Say <image>."}, {"from": "assistant", "value": "a"}]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"conversations": turns}]), encoding="utf-8")
+
+    assert check([file]) == 1
+    assert check([file], format="qwen_vl") == 0
+
+
 def test_warnings_alone_are_no_failure(faulty, capsys):
     values = json.loads(faulty.read_text())
     faulty.write_text(json.dumps([values[0], values[2]]))

@@ -7,6 +7,7 @@ function that gives faults, called in `_record_faults`.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from vltrain.data.encoding import (
     too_long_message,
 )
 from vltrain.data.faults import Fault
-from vltrain.data.formats import read_conversation, record_id
+from vltrain.data.formats import Format, read_conversation, record_id
 from vltrain.data.grounding import read_boxes
-from vltrain.data.images import locate_image, picture_faults
+from vltrain.data.images import image_size, locate_image, picture_faults
 
 Severity = Literal["error", "warning"]
 
@@ -72,6 +73,7 @@ class Checker:
     too_long: TooLong = "error"
     labels: LabelPolicy = "assistant"
     decode: bool = True  # pictures are decoded whole; False: their headers alone are read
+    format: Format = "auto"
     seen: dict[Path, list[Fault]] = field(default_factory=dict)  # faults of pictures looked at
 
     def findings(self, entry: Record | Unreadable) -> Iterator[Finding]:
@@ -96,7 +98,10 @@ class Checker:
         )
 
     def _record_faults(self, record: Record) -> Iterator[Fault]:
-        conversation, faults = read_conversation(record.value)
+        measure = partial(image_size, data_file=record.file, image_root=self.image_root)
+        conversation, faults = read_conversation(
+            record.value, format=self.format, image_size=measure
+        )
         yield from faults
         for turn in conversation.turns:
             yield from _empty_turn_faults(turn)
@@ -144,6 +149,7 @@ def check_files(
     too_long: TooLong = "error",
     labels: LabelPolicy = "assistant",
     decode: bool = True,
+    format: Format = "auto",
 ) -> Report:
     """Read files once and report all that would stop or spoil a training run.
 
@@ -155,11 +161,12 @@ def check_files(
         too_long: are longer samples errors, or dropped and counted?
         labels: under "reference", what the original code takes is a warning and no error.
         decode: decode pictures whole, which finds files cut short; False: headers alone.
+        format: how records are read; "auto" tells by the content of each.
 
     Returns:
         The findings in the order of the files and records. Never raises for faulty data.
     """
-    checker = Checker(processor, image_root, max_length, too_long, labels, decode)
+    checker = Checker(processor, image_root, max_length, too_long, labels, decode, format)
     records = 0
     findings: list[Finding] = []
     for entry in _entries(files):
@@ -177,7 +184,7 @@ def _entries(files: Iterable[Path]) -> Iterator[Record | Unreadable]:
 def _empty_turn_faults(turn: Turn) -> Iterator[Fault]:
     """A question or an answer without a word or picture: readable, but it teaches silence."""
     if turn.role != "system" and not turn.parts:
-        message = f"turn {turn.position} ({turn.role}) is empty"
+        message = f"{turn.name} is empty"
         fix = "write what is said, or remove the question with its answer"
         yield Fault("empty_turn", message, fix, "strict")
 
@@ -186,5 +193,5 @@ def _box_faults(turn: Turn) -> Iterator[Fault]:
     """What is wrong with the boxes of a turn."""
     _, faults = read_boxes(turn.text)
     for fault in faults:
-        message = f"turn {turn.position} ({turn.role}): {fault.message}"
+        message = f"{turn.name}: {fault.message}"
         yield Fault(fault.kind, message, fault.fix, fault.grade)

@@ -30,11 +30,25 @@ class Turn:
     role: Role
     parts: tuple[Part, ...]
     position: int | None = field(default=None, compare=False)  # in the record's list, from 0
+    learn: bool = True  # may an assistant's words be learned? False: they are only shown
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"`{self.role}`" if self.position is None else f"turn {self.position} ({self.role})"
 
     @property
     def text(self) -> str:
         """The turn's text alone, its pictures left out."""
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def written(self) -> str:
+        """The turn as the Qwen-VL list has it, its pictures as `<img>path</img>`."""
+        return "".join(
+            part.text if isinstance(part, TextPart) else f"<img>{part.source}</img>"
+            for part in self.parts
+        )
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_long_error
 from vltrain.data.faults import Fault, error_of
-from vltrain.data.images import open_image, resolve_image
+from vltrain.data.formats import Format
+from vltrain.data.images import image_size, open_image, resolve_image
 from vltrain.errors import VltrainError
 
 TooLong = Literal["error", "drop"]
@@ -110,7 +112,7 @@ def split_records(
 class SampleDataset:
     """Samples with their pixels, by number: a map-style dataset for a DataLoader.
 
-    All records are encoded once when it is made (no picture is opened), so that faults are
+    All records are encoded once when it is made (no picture is decoded), so that faults are
     found and lengths known before a run starts. `ds[i]` opens and preprocesses the pictures,
     in the worker that asks for it.
     """
@@ -124,6 +126,7 @@ class SampleDataset:
         max_length: int | None = None,
         too_long: TooLong = "error",
         image_root: Path | None = None,
+        format: Format = "auto",
     ) -> None:
         """Encode the records and keep those that fit.
 
@@ -134,6 +137,7 @@ class SampleDataset:
             max_length: tokens, image tokens included; None: any length.
             too_long: refuse longer samples, or drop and count them.
             image_root: where relative picture paths are looked up first.
+            format: how records are read; "auto" tells by the content of each.
 
         Raises:
             VltrainError: faulty or too long records, all of them in one message.
@@ -141,6 +145,7 @@ class SampleDataset:
         self.processor = processor
         self.labels = labels
         self.image_root = image_root
+        self.format: Format = format
         self.records: list[Record] = []
         self.lengths: list[int] = []  # tokens of each sample, image tokens included
         self.learned_tokens: list[int] = []  # of each sample
@@ -150,7 +155,7 @@ class SampleDataset:
         errors: list[str] = []
         for record in records:
             try:
-                sample = encode(record.value, processor, labels, where=record.name)
+                sample = self._encode(record)
             except VltrainError as error:
                 errors.append(str(error))
                 continue
@@ -184,7 +189,7 @@ class SampleDataset:
             VltrainError: a picture is missing or broken; names the record and the path.
         """
         record = self.records[number]
-        sample = encode(record.value, self.processor, self.labels, where=record.name)
+        sample = self._encode(record)
         item: dict[str, Any] = {
             "input_ids": sample.input_ids,
             "labels": sample.labels,
@@ -195,6 +200,17 @@ class SampleDataset:
             processed = self.processor.image_processor(images=pictures, return_tensors="pt")
             item["pixel_values"] = processed["pixel_values"]
         return item
+
+    def _encode(self, record: Record) -> Sample:
+        measure = partial(image_size, data_file=record.file, image_root=self.image_root)
+        return encode(
+            record.value,
+            self.processor,
+            self.labels,
+            where=record.name,
+            format=self.format,
+            image_size=measure,
+        )
 
     def _open(self, source: str, record: Record) -> Any:
         path = resolve_image(
@@ -224,6 +240,11 @@ def _scan_lines(path: Path) -> Iterator[Record | Unreadable]:
     """The lines of a JSONL file, empty ones skipped but counted."""
     first = True
     with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            fault = Fault("not_utf8", "the file is UTF-16, not UTF-8", "save the file as UTF-8")
+            yield Unreadable(path, None, fault)
+            return
+        file.seek(0)
         for index, line in enumerate(file):
             raw = line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
             if not raw.strip():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from vltrain.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vltrain.data.formats import conversation_from_record, record_name
+from vltrain.data.formats import Format, conversation_from_record, record_name
+from vltrain.data.swift import ImageSize
 from vltrain.errors import VltrainError
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
@@ -78,17 +79,23 @@ def encode(
     max_length: int | None = None,
     *,
     where: str | None = None,
+    format: Format = "auto",
+    image_size: ImageSize | None = None,
 ) -> Sample:
-    """One element of the training JSON as ids and labels. Opens no picture.
+    """One element of the training JSON as ids and labels. Decodes no picture.
 
     Args:
-        record: `{"id": …, "conversations": [{"from": …, "value": …}, …]}`.
+        record: `{"id": …, "conversations": [{"from": …, "value": …}, …]}`, or another of the
+            forms in `formats`.
         processor: the model's side of it.
         labels: "assistant" learns what the assistant says and its `<|im_end|>`; "reference"
             what the original finetune.py learns: also `<|im_start|>`, `<|im_end|>` and the last
-            "\\n" of every turn. It reads whatever the original reads, too.
+            "\\n" of every turn. It reads whatever the original reads, too. Of an assistant's
+            turn with weight 0 neither learns anything.
         max_length: tokens, image tokens included; None: any length.
         where: what an error calls the record; without it, its id.
+        format: how to read the record; "auto" tells by its content.
+        image_size: measures pictures, which boxes in pixels need; None: those are refused.
 
     Raises:
         VltrainError: the record is faulty (all faults in one message), or longer than
@@ -98,7 +105,13 @@ def encode(
         allowed = " or ".join(get_args(LabelPolicy))
         raise VltrainError.at("data.labels", what=f"{labels!r} is unknown", fix=f"write {allowed}")
     where = where or record_name(record)
-    conversation = conversation_from_record(record, lenient=labels == "reference", where=where)
+    conversation = conversation_from_record(
+        record,
+        lenient=labels == "reference",
+        where=where,
+        format=format,
+        image_size=image_size,
+    )
     sample = encode_conversation(conversation, processor, labels)
     if max_length is not None and len(sample.input_ids) > max_length:
         raise too_long_error(sample, processor, max_length, where)
@@ -151,10 +164,11 @@ def _turn_segments(turn: Turn, processor: Processor, labels: LabelPolicy) -> Ite
     """Lay out one turn.
 
     Under "reference" the turn's frame is learned for every role, and so are an assistant's
-    `<img>` and `</img>`; the image tokens between them never are.
+    `<img>` and `</img>`; the image tokens between them never are. A turn with weight 0 is
+    shown only: neither policy learns any of it, its frame included.
     """
-    answers = turn.role == "assistant"
-    frame = labels == "reference"
+    answers = turn.role == "assistant" and turn.learn
+    frame = labels == "reference" and turn.learn
     yield Segment((processor.turn_start_id,), learn=frame)
     yield Segment((*processor.text_ids(turn.role), processor.newline_id), learn=False)
     for part in turn.parts:

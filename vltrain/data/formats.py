@@ -1,31 +1,52 @@
-"""JSON record -> Conversation.
+"""JSON record -> Conversation, one function per format.
 
-The Qwen-VL list: `{"id": …, "conversations": [{"from": "user", "value": "…"}, …]}`, pictures
-as `<img>path</img>` inside the text. Lenient reading takes all that the original training code
-took (roles in any order, tags of text left open); strict reading refuses what teaches a model
-something that nobody meant.
+| format | turns | pictures |
+| --- | --- | --- |
+| `qwen_vl` | `conversations`: `from`/`value` | `<img>path</img>` in the text |
+| `messages` | `messages`: `role`/`content`, text or parts | parts of type image or image_url |
+| `llava`, `sharegpt` | either list, either keys | `<image>`, and `image` or `images` beside |
+| `swift` | `query`/`response`/`history`, or a list | as `llava`; boxes in `objects` |
+
+Any of them may have a first system turn or `system` beside the turns, and `weight` 0 or 1 on an
+assistant's turn. Keys that no format knows are passed over. Lenient reading takes all that the
+original training code took (roles in any order, tags of text left open); strict reading refuses
+what teaches a model something that nobody meant.
 """
 
-import difflib
-import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
-from vltrain.data.conversation import Conversation, ImagePart, Part, Role, TextPart, Turn
-from vltrain.data.faults import Fault, Grade, error_of
+from vltrain.data.conversation import Conversation, Role, TextPart, Turn
+from vltrain.data.faults import Fault, error_of
+from vltrain.data.markup import parts_of, prose_faults
+from vltrain.data.swift import ImageSize, as_messages, with_objects
+from vltrain.data.turn_lists import (
+    IMAGE_PLACEHOLDER,
+    PICTURE_COUNT,
+    UNKNOWN_TURN,
+    Draft,
+    drafts_of,
+    filled,
+    has_pictures,
+    json_type,
+    list_key,
+    literal_text,
+    picture_sources,
+    placeholder_text,
+)
+from vltrain.errors import VltrainError
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-TAG = re.compile(r"<(/?)(img|ref|box|quad)>")
+Format = Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"]
+Reading = tuple[list[Turn], list[Fault]]
 
 
 def conversation_from_record(
-    record: Any, *, lenient: bool = False, where: str | None = None
+    record: Any,
+    *,
+    lenient: bool = False,
+    where: str | None = None,
+    format: Format = "auto",
+    image_size: ImageSize | None = None,
 ) -> Conversation:
     """Read one element of a training file.
 
@@ -33,30 +54,154 @@ def conversation_from_record(
         record: what the JSON held there.
         lenient: take what the original code took (for `labels="reference"`).
         where: what the error calls the record; without it, its id.
+        format: how to read it; "auto" tells by its content.
+        image_size: measures pictures, which boxes in pixels need; None: those are refused.
 
     Raises:
         VltrainError: the record cannot be read; all its faults are in the one message.
     """
-    conversation, faults = read_conversation(record)
+    conversation, faults = read_conversation(record, format=format, image_size=image_size)
     refused = [fault for fault in faults if fault.refused(lenient=lenient)]
     if refused:
         raise error_of(refused, where or record_name(record))
     return conversation
 
 
-def read_conversation(record: Any) -> tuple[Conversation, list[Fault]]:
+def read_conversation(
+    record: Any, *, format: Format = "auto", image_size: ImageSize | None = None
+) -> tuple[Conversation, list[Fault]]:
     """The turns of a record that can be read, and all that is wrong with the record."""
-    listed, faults = _turn_list(record)
-    turns: list[Turn] = []
-    for position, entry in enumerate(listed):
-        turn, found = _turn(entry, position)
-        faults += found
-        if turn is not None:
-            turns.append(turn)
-    if turns and len(turns) == len(listed):  # order means nothing while a turn is unknown
+    turns, faults = read_turns(record, format=format, image_size=image_size)
+    if turns and not any(fault.kind in UNKNOWN_TURN for fault in faults):
         turns, found = _without_leading_assistant(turns)
         faults += [*found, *_order_faults(turns)]
     return Conversation(tuple(turns), record_id(record)), faults
+
+
+def read_turns(
+    record: Any, *, format: Format = "auto", image_size: ImageSize | None = None
+) -> Reading:
+    """The turns of a record as they stand, a leading assistant turn too, whatever their order."""
+    if format != "auto" and format not in READERS:
+        fix = f"write auto, {', '.join(READERS)}"
+        raise VltrainError.at("data.format", what=f"{format!r} is unknown", fix=fix)
+    read = READERS[format_of(record) if format == "auto" else format]
+    turns, faults = read(record, image_size)
+    system = record.get("system") if isinstance(record, dict) else None
+    if system is None or system == "":
+        return turns, faults
+    if not isinstance(system, str):
+        message = f"`system` is {json_type(system)}, not a string"
+        return turns, [*faults, Fault("bad_turn", message, 'write "system" as a string')]
+    if turns and turns[0].role == "system":
+        message = "the record has `system` beside its turns and a system turn among them"
+        return turns, [*faults, Fault("order", message, "keep one of them", "strict")]
+    return [Turn("system", (TextPart(system),)), *turns], faults
+
+
+def format_of(record: Any) -> Format:
+    """The format of a record, told by its keys and by how its text names pictures.
+
+    `<img>` under `conversations` is Qwen-VL's own, whatever the turns' keys. `<image>`, or
+    pictures beside turns of plain text, is LLaVA's. A record of no known form counts as
+    `qwen_vl`, whose reader says what is missing.
+    """
+    key = list_key(record) if isinstance(record, dict) else None
+    if key is None:
+        asked = isinstance(record, dict) and ("query" in record or "response" in record)
+        return "swift" if asked else "qwen_vl"
+    text = _text_of(record[key])
+    has_placeholders = IMAGE_PLACEHOLDER in text
+    if key == "conversations" and "<img>" in text:
+        return "llava" if has_placeholders and has_pictures(record) else "qwen_vl"
+    if record.get("objects") is not None and ("<bbox>" in text or "<ref-object>" in text):
+        return "swift"
+    in_parts = any(isinstance(value, list) for value in _said(record[key]))
+    if has_placeholders or (has_pictures(record) and not in_parts):
+        return "llava"
+    return "messages" if key == "messages" or in_parts else "qwen_vl"
+
+
+def qwen_vl_turns(record: Any, image_size: ImageSize | None = None) -> Reading:
+    """Turns whose text names pictures as `<img>path</img>`."""
+    drafts, faults = drafts_of(record, parts_of)
+    # No picture beside the list is meant: "image" may be a key of another tool.
+    turns, found = filled(drafts, {})
+    return turns, [*faults, *found]
+
+
+def messages_turns(record: Any, image_size: ImageSize | None = None) -> Reading:
+    """Turns whose pictures are parts of their own; text names none.
+
+    `<img>` in the text is refused: see `markup.prose_faults`. A picture part without a source,
+    as `transformers` has it, stands for the next of the pictures beside the turns.
+    """
+    return _filled(record, *drafts_of(record, literal_text))
+
+
+def placeholder_turns(record: Any, image_size: ImageSize | None = None) -> Reading:
+    """Turns in whose text every `<image>` stands for the next of the pictures beside them."""
+    return _filled(record, *drafts_of(record, placeholder_text))
+
+
+def swift_turns(record: Any, image_size: ImageSize | None = None) -> Reading:
+    """`query`, `response` and `history`, or a list of turns, with the boxes of `objects`.
+
+    With nothing beside it, a question may name its pictures as `<img>path</img>`, as the tool's
+    first versions did for Qwen-VL.
+    """
+    if isinstance(record, dict) and not list_key(record):
+        record, unread = as_messages(record)
+        if unread:
+            return [], unread
+        alone = not has_pictures(record) and not record.get("objects")
+        if alone and "<img>" in _text_of(record["messages"]):
+            return qwen_vl_turns(record)
+    drafts, faults = drafts_of(record, placeholder_text)
+    if drafts and record.get("objects") is not None:
+        sources, _ = picture_sources(record)
+        drafts, found = with_objects(drafts, record["objects"], sources, image_size)
+        faults += found
+    return _filled(record, drafts, faults)
+
+
+READERS: dict[Format, Callable[[Any, ImageSize | None], Reading]] = {
+    "qwen_vl": qwen_vl_turns,
+    "messages": messages_turns,
+    "llava": placeholder_turns,
+    "sharegpt": placeholder_turns,
+    "swift": swift_turns,
+}
+
+
+def _said(entries: Any) -> list[Any]:
+    """What the turns of a list say, as far as it is one; of any type."""
+    listed = entries if isinstance(entries, list) else []
+    turns = [entry for entry in listed if isinstance(entry, dict)]
+    return [entry.get(key) for entry in turns for key in ("value", "content")]
+
+
+def _text_of(entries: Any) -> str:
+    """All that the turns of a list say in plain strings."""
+    return "\0".join(text for text in _said(entries) if isinstance(text, str))
+
+
+def _filled(record: Any, drafts: list[Draft], faults: list[Fault]) -> Reading:
+    """The turns of drafts with the pictures beside them, and what is wrong with their text."""
+    if not drafts:
+        return [], faults
+    turns, found = filled(drafts, record)
+    if any(fault.kind in UNKNOWN_TURN for fault in faults):
+        # A turn that is not known may have had places for pictures.
+        found = [fault for fault in found if fault.kind not in PICTURE_COUNT]
+    prose = [
+        fault
+        for turn in turns
+        for part in turn.parts
+        if isinstance(part, TextPart)
+        for fault in prose_faults(part.text, turn.name)
+    ]
+    return turns, [*faults, *found, *prose]
 
 
 def record_id(record: Any) -> str | None:
@@ -69,117 +214,6 @@ def record_name(record: Any) -> str:
     """What an error calls a record of which only the value is known."""
     found = record_id(record)
     return "record" if found is None else f"record {found!r}"
-
-
-def _turn_list(record: Any) -> tuple[list[Any], list[Fault]]:
-    """The list of turns, or the fault that stands in its place."""
-
-    def fault(kind: str, message: str, fix: str) -> tuple[list[Any], list[Fault]]:
-        return [], [Fault(kind, message, fix)]
-
-    if isinstance(record, list):
-        return fault(
-            "not_an_object",
-            "the record is a list, not an object",
-            "one object per record; take the inner list apart",
-        )
-    if not isinstance(record, dict):
-        return fault(
-            "not_an_object",
-            f"the record is {_json_type(record)}, not an object",
-            'write {"conversations": [{"from": "user", "value": "…"}, …]}',
-        )
-    if "conversations" not in record:
-        return fault(
-            "no_conversations",
-            "the record has no `conversations`" + _near_miss("conversations", record),
-            'put its turns under "conversations"',
-        )
-    turns = record["conversations"]
-    if not isinstance(turns, list):
-        return fault(
-            "no_conversations",
-            f"`conversations` is {_json_type(turns)}, not a list",
-            'write a list of turns: [{"from": "user", "value": "…"}, …]',
-        )
-    if not turns:
-        return fault(
-            "empty_conversation",
-            "`conversations` is empty",
-            "add a question and its answer, or remove the record",
-        )
-    return turns, []
-
-
-def _turn(entry: Any, position: int) -> tuple[Turn | None, list[Fault]]:
-    """One turn and its faults; no turn where its role or its text is not known."""
-    if not isinstance(entry, dict):
-        message = f"turn {position} is {_json_type(entry)}, not an object"
-        return None, [Fault("bad_turn", message, 'write {"from": "user", "value": "…"}')]
-    faults = []
-    for key, meaning in (("from", "who speaks"), ("value", "what is said")):
-        if key not in entry:
-            message = f"turn {position} has no `{key}`{_near_miss(key, entry)}"
-            faults.append(Fault("bad_turn", message, f'add "{key}": {meaning}'))
-        elif not isinstance(entry[key], str):
-            message = f"`{key}` of turn {position} is {_json_type(entry[key])}, not a string"
-            faults.append(Fault("bad_turn", message, f'write "{key}" ({meaning}) as a string'))
-    if faults:
-        return None, faults
-    role = ROLES.get(entry["from"])
-    if role is None:
-        message = f"turn {position} is from {entry['from']!r}, which is no role"
-        return None, [Fault("role", message, "roles are user, assistant and system (first only)")]
-    parts, faults = parts_of(entry["value"], f"turn {position} ({role})")
-    return Turn(role, parts, position), faults
-
-
-def parts_of(text: str, where: str) -> tuple[tuple[Part, ...], list[Fault]]:
-    """Take text apart at its pictures; find the tags that do not pair up.
-
-    `<ref>`, `<box>` and `<quad>` stay in the text, which keeps every byte. `<|…|>` and
-    `<imgpad>` mean nothing here: they are what somebody wrote.
-    """
-    parts: list[Part] = []
-    faults: list[Fault] = []
-    opened: re.Match[str] | None = None  # the tag that waits for its end; no two nest
-    text_start = 0
-    for tag in TAG.finditer(text):
-        closes, name = bool(tag[1]), tag[2]
-        if opened and closes and opened[2] == name:
-            if name == "img":
-                source = text[opened.end() : tag.start()].strip()
-                parts += [TextPart(text[text_start : opened.start()]), ImagePart(source)]
-                text_start = tag.end()
-                faults += [] if source else [_empty_path(where)]
-            opened = None
-        elif opened and opened[2] == "img":
-            faults.append(_misplaced("nested_tag", where, tag, "inside <img>", "unreadable"))
-        elif closes:
-            faults.append(_misplaced("stray_tag", where, tag, "without its beginning"))
-        else:
-            if opened:
-                faults.append(_misplaced("nested_tag", where, tag, f"inside {opened[0]}"))
-            opened = tag
-    if opened:
-        grade: Grade = "unreadable" if opened[2] == "img" else "strict"
-        faults.append(_misplaced("unclosed_tag", where, opened, "without its end", grade))
-    parts.append(TextPart(text[text_start:]))
-    return tuple(part for part in parts if part != TextPart("")), faults
-
-
-def _empty_path(where: str) -> Fault:
-    message = f"{where} has an <img></img> without a path"
-    return Fault("empty_path", message, "write the picture's path, or remove the tags", "strict")
-
-
-def _misplaced(
-    kind: str, where: str, tag: re.Match[str], how: str, grade: Grade = "strict"
-) -> Fault:
-    """A tag that does not pair up, with the text around it."""
-    around = tag.string[max(0, tag.start() - 12) : tag.end() + 12]
-    message = f"{where} has {tag[0]} {how}, at character {tag.start()}: {around!r}"
-    return Fault(kind, message, f"write <{tag[2]}>…</{tag[2]}>, one after the other", grade)
 
 
 def _without_leading_assistant(turns: list[Turn]) -> tuple[list[Turn], list[Fault]]:
@@ -211,21 +245,11 @@ def _order_faults(turns: list[Turn]) -> Iterator[Fault]:
             fix = "let user and assistant take turns; join two turns of one side"
             yield Fault("order", message, fix, "strict")
         expected = "assistant" if turn.role == "user" else "user"
-    if not any(turn.role == "assistant" and turn.parts for turn in spoken):
-        message = "no assistant turn says anything: there is nothing to learn"
+    if not any(turn.role == "assistant" and turn.parts and turn.learn for turn in spoken):
+        silent = not any(turn.role == "assistant" and turn.parts for turn in spoken)
+        why = "says anything" if silent else "that says anything has a weight above 0"
+        message = f"no assistant turn {why}: there is nothing to learn"
         yield Fault("nothing_to_learn", message, "add an answer, or remove the record", "strict")
     elif spoken[-1].role == "user":
         message = f"turn {spoken[-1].position}, the last, is from user: no answer follows"
         yield Fault("order", message, "add the assistant's answer, or remove the turn", "strict")
-
-
-def _near_miss(key: str, found: dict[str, Any]) -> str:
-    """Which key may have been meant, said in brackets; nothing where none is near."""
-    near = difflib.get_close_matches(key, [str(other) for other in found], n=1)
-    return f" (`{near[0]}` is near it)" if near else ""
-
-
-def _json_type(value: Any) -> str:
-    """A JSON value's type in JSON's own words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")

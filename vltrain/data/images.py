@@ -71,6 +71,20 @@ def locate_image(
     return Fault("missing_picture", message, fix)
 
 
+def image_size(
+    source: str, *, data_file: Path | None = None, image_root: Path | None = None
+) -> tuple[int, int] | Fault:
+    """Width and height in pixels, from the picture's header alone, or why they are not known."""
+    found = locate_image(source, data_file=data_file, image_root=image_root)
+    if isinstance(found, Fault):
+        return found
+    try:
+        with Image.open(found) as image:
+            return image.size
+    except _DECODE_ERRORS as error:
+        return _broken(found, error)
+
+
 def image_candidates(
     source: str, *, data_file: Path | None = None, image_root: Path | None = None
 ) -> list[Path]:

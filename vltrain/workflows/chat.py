@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from vltrain.data.checks import check_files
 from vltrain.data.conversation import ImagePart, Turn
 from vltrain.data.dataset import Record, read_records
 from vltrain.data.encoding import Processor, prompt_ids
-from vltrain.data.formats import ROLES, conversation_from_record
-from vltrain.data.images import open_image, resolve_image
+from vltrain.data.formats import conversation_from_record, read_turns
+from vltrain.data.images import image_size, open_image, resolve_image
 from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Prompt, answer_batches
 from vltrain.models.catalog import is_adapter
@@ -130,11 +131,7 @@ def read_questions(file: Path, image_root: Path | None, console: Console) -> lis
     refuse_errors(report, [file], undone="asked")
     questions = []
     for record in read_records(file):
-        conversation = conversation_from_record(record.value, lenient=True, where=record.name)
-        for position, entry in enumerate(record.value["conversations"]):
-            if ROLES[entry["from"]] == "assistant":
-                before = tuple(t for t in conversation.turns if _position(t) < position)
-                questions.append(Question(record, position, entry["value"], before))
+        questions += _questions_of(record, image_root)
     if not questions:
         raise VltrainError.at(
             str(file),
@@ -144,9 +141,24 @@ def read_questions(file: Path, image_root: Path | None, console: Console) -> lis
     return questions
 
 
+def _questions_of(record: Record, image_root: Path | None) -> list[Question]:
+    """The assistant turns of one record, the first of all included."""
+    measure = partial(image_size, data_file=record.file, image_root=image_root)
+    conversation = conversation_from_record(
+        record.value, lenient=True, where=record.name, image_size=measure
+    )
+    turns, _ = read_turns(record.value, image_size=measure)
+    questions = []
+    for turn in turns:
+        if turn.role == "assistant":
+            before = tuple(t for t in conversation.turns if _position(t) < _position(turn))
+            questions.append(Question(record, _position(turn), turn.written, before))
+    return questions
+
+
 def _position(turn: Turn) -> int:
-    assert turn.position is not None, "turns that were read from a record know their place"
-    return turn.position
+    """A turn's place in the record's list; a system text beside the list comes first."""
+    return -1 if turn.position is None else turn.position
 
 
 def prompt_of(question: Question, processor: Processor, image_root: Path | None) -> Prompt:

@@ -11,6 +11,7 @@ from rich.text import Text
 from vltrain.data.checks import Finding, Report, check_files
 from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import Processor
+from vltrain.data.formats import Format
 from vltrain.errors import VltrainError
 
 
@@ -21,6 +22,7 @@ def check(
     model: str | None = None,
     max_length: int | None = None,
     too_long: TooLong = "error",
+    format: Format = "auto",
     as_json: bool = False,
 ) -> int:
     """Print every finding about data files to stdout.
@@ -32,6 +34,7 @@ def check(
             not checked.
         max_length: tokens, image tokens included; None: any length.
         too_long: are longer samples errors, or dropped and counted?
+        format: how records are read; "auto" tells by the content of each.
         as_json: print one JSON object instead of text.
 
     Returns:
@@ -43,6 +46,7 @@ def check(
         image_root=image_root,
         max_length=max_length,
         too_long=too_long,
+        format=format,
     )
     if as_json:
         print(json.dumps(report.as_json()))

@@ -224,6 +224,7 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
         max_length=data.max_length,
         too_long=data.too_long,
         labels=data.labels,
+        format=data.format,
     )
     if report.findings:
         print_report(report, console)
@@ -245,6 +246,7 @@ def _samples(records: list[Record], data: DataConfig, base: Base) -> SampleDatas
         max_length=data.max_length,
         too_long=data.too_long,
         image_root=data.image_root,
+        format=data.format,
     )
     if not len(samples):
         raise VltrainError.at(

@@ -1,0 +1,85 @@
+"""Markup inside a text: pictures as `<img>path</img>`, and tags that must pair up."""
+
+import re
+from collections.abc import Iterable
+
+from vltrain.data.conversation import ImagePart, Part, TextPart
+from vltrain.data.faults import Fault, Grade
+
+TAG = re.compile(r"<(/?)(img|ref|box|quad)>")
+PICTURE_TAG = re.compile(r"</?img>")
+
+
+def parts_of(text: str, where: str) -> tuple[tuple[Part, ...], list[Fault]]:
+    """Take text apart at its pictures; find the tags that do not pair up.
+
+    `<ref>`, `<box>` and `<quad>` stay in the text, which keeps every byte. `<|…|>` and
+    `<imgpad>` mean nothing here: they are what somebody wrote.
+    """
+    parts: list[Part] = []
+    faults: list[Fault] = []
+    opened: re.Match[str] | None = None  # the tag that waits for its end; no two nest
+    text_start = 0
+    for tag in TAG.finditer(text):
+        closes, name = bool(tag[1]), tag[2]
+        if opened and closes and opened[2] == name:
+            if name == "img":
+                source = text[opened.end() : tag.start()].strip()
+                parts += [TextPart(text[text_start : opened.start()]), ImagePart(source)]
+                text_start = tag.end()
+                faults += [] if source else [_empty_path(where)]
+            opened = None
+        elif opened and opened[2] == "img":
+            faults.append(_misplaced("nested_tag", where, tag, "inside <img>", "unreadable"))
+        elif closes:
+            faults.append(_misplaced("stray_tag", where, tag, "without its beginning"))
+        else:
+            if opened:
+                faults.append(_misplaced("nested_tag", where, tag, f"inside {opened[0]}"))
+            opened = tag
+    if opened:
+        grade: Grade = "unreadable" if opened[2] == "img" else "strict"
+        faults.append(_misplaced("unclosed_tag", where, opened, "without its end", grade))
+    parts.append(TextPart(text[text_start:]))
+    return tuple(part for part in parts if part != TextPart("")), faults
+
+
+def prose_faults(text: str, where: str) -> list[Fault]:
+    """What is wrong with text in which `<img>` names no picture: a tag of it, or unpaired ones.
+
+    Such a tag is refused. Read as a picture it would open whatever path somebody wrote; left as
+    text it would end a picture that never began. No reading takes it: the original knew no format
+    but its own.
+    """
+    tag = PICTURE_TAG.search(text)
+    if tag is None:
+        return parts_of(text, where)[1]
+    around = text[max(0, tag.start() - 12) : tag.end() + 12]
+    message = f"{where} has {tag[0]} in its text, where this format has no pictures: {around!r}"
+    fix = "write the picture as this format does, or set data.format: qwen_vl to read the tags"
+    return [Fault("picture_markup", message, fix)]
+
+
+def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Parts without empty texts, and with texts that touch made one: they are tokenised as one."""
+    result: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and result and isinstance(result[-1], TextPart):
+            result[-1] = TextPart(result[-1].text + part.text)
+        elif part != TextPart(""):
+            result.append(part)
+    return tuple(result)
+
+
+def _empty_path(where: str) -> Fault:
+    message = f"{where} has an <img></img> without a path"
+    return Fault("empty_path", message, "write the picture's path, or remove the tags", "strict")
+
+
+def _misplaced(
+    kind: str, where: str, tag: re.Match[str], how: str, grade: Grade = "strict"
+) -> Fault:
+    """A tag that does not pair up, with the text around it."""
+    around = tag.string[max(0, tag.start() - 12) : tag.end() + 12]
+    message = f"{where} has {tag[0]} {how}, at character {tag.start()}: {around!r}"
+    return Fault(kind, message, f"write <{tag[2]}>…</{tag[2]}>, one after the other", grade)
