@@ -89,6 +89,23 @@ def test_a_box_that_leaves_its_picture_is_cut_off_and_counted():
     assert said(conversion.records[0])[3] == "<ref>dog</ref><box>(0,0),(100,102)</box>"
 
 
+def test_what_rounding_would_lose_is_not_called_cut_off():
+    conversion = convert(street(annotations={"bbox": [-0.1, 100, 40.1, 100.05]}))
+
+    assert conversion.changed == {}
+
+
+def test_boxes_just_over_the_edge_are_not_taken_for_misread():
+    value = street()
+    value["annotations"] = [
+        {"image_id": 1, "category_id": CAT, "bbox": [1, 1, 400, 200]} for _ in range(8)
+    ]
+
+    conversion = convert(value)
+
+    assert counts(conversion.changed) == {"boxes cut off at the edge of their picture": 8}
+
+
 def test_the_question_is_the_users():
     conversion = convert_coco(
         STREET, where="f", pictures=Named(), question="{category}: where is {category}?"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from vltrain.data.faults import Fault
-from vltrain.data.grounding import Box, PixelBox, clip_to_picture, grid_box
+from vltrain.data.grounding import GRID, Box, PixelBox, clip_to_picture, grid_box
 from vltrain.errors import VltrainError
 
 BoxForm = Literal["xywh", "xyxy", "normalised"]
@@ -25,6 +25,8 @@ _BOX_REASONS = {
 }
 _SHOWN_FAULTS = 20
 _LARGEST = 1e9  # no picture has more pixels on a side, no box lies further off
+_NOTABLE_EXCESS = 0.5 / GRID  # of the picture's side; less is lost in rounding
+_MISFIT_EXCESS = 0.02  # of the picture's side; annotators' hands do not slip so far
 _MISREAD_BOXES = 8  # fewer prove nothing about the form they are written in
 _PICTURE_TAG = re.compile(r"</?img>")
 
@@ -57,7 +59,8 @@ class Conversion:
     places: list[str] = field(default_factory=list)  # of each record, in the annotation file
     left_out: dict[str, Tally] = field(default_factory=dict)  # by reason
     changed: dict[str, Tally] = field(default_factory=dict)  # by what was done
-    boxes: int = 0  # that lie on their picture, those cut off at its edge included
+    boxes: int = 0  # that were met
+    misfits: int = 0  # boxes without area, outside their picture, or far over its edge
 
     def add(self, record: dict[str, Any], place: str) -> None:
         """Take a record that was made of what stands at a place."""
@@ -72,24 +75,22 @@ class Conversion:
         self, pixels: PixelBox, size: tuple[int, int], place: str, ref: str | None = None
     ) -> Box | None:
         """The box on the grid, or None and one more that is left out."""
+        self.boxes += 1
         clipped = clip_to_picture(pixels, *size)
         if isinstance(clipped, Fault):
+            self.misfits += 1
             self.leave_out(_BOX_REASONS.get(clipped.kind, clipped.message), place)
             return None
-        if clipped != pixels:
+        excess = _excess(pixels, size)
+        self.misfits += excess > _MISFIT_EXCESS
+        if excess > _NOTABLE_EXCESS:
             self.changed.setdefault(BOX_CUT, Tally(0, place)).count += 1
-        self.boxes += 1
         return grid_box(clipped, *size, ref)
 
     def refuse_misread_boxes(self, where: str, fix: str) -> None:
         """Raise VltrainError where most boxes do not fit their pictures as they were read."""
-        lost = sum(
-            self.left_out[why].count for why in _BOX_REASONS.values() if why in self.left_out
-        )
-        unfit = lost + (self.changed[BOX_CUT].count if BOX_CUT in self.changed else 0)
-        total = self.boxes + lost
-        if total >= _MISREAD_BOXES and unfit * 2 > total:
-            what = f"{unfit} of {total} boxes are empty or leave their picture, read as they were"
+        if self.boxes >= _MISREAD_BOXES and self.misfits * 2 > self.boxes:
+            what = f"{self.misfits} of {self.boxes} boxes are empty or leave their picture"
             raise VltrainError.at(where, what=what, fix=fix)
 
 
@@ -166,6 +167,17 @@ def refuse_form(faults: Sequence[str], where: str, fix: str) -> None:
     more = f"\n  and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
     count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
     raise VltrainError.at(where, what=f"{count}{shown}{more}", fix=fix)
+
+
+def _excess(pixels: PixelBox, size: tuple[int, int]) -> float:
+    """How far a box reaches over the edge of its picture, as a share of the side."""
+    width, height = size
+    return max(
+        -pixels.left / width,
+        -pixels.top / height,
+        pixels.right / width - 1,
+        pixels.bottom / height - 1,
+    )
 
 
 def _is_number(value: Any) -> bool:
