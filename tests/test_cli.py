@@ -8,15 +8,18 @@ import pytest
 from typer.testing import CliRunner
 
 import vltrain.workflows.chat
+import vltrain.workflows.convert
 import vltrain.workflows.demo
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
 import vltrain.workflows.train
 from vltrain.cli import app, main
 from vltrain.config import load_recipe
+from vltrain.data.coco import CATEGORY_QUESTION
+from vltrain.data.refcoco import EXPRESSION_QUESTION
 from vltrain.errors import VltrainError
 
-COMMANDS = ("full", "lora", "merge", "chat", "check", "demo")
+COMMANDS = ("full", "lora", "merge", "chat", "check", "demo", "convert")
 
 
 def run_module(*words: str) -> subprocess.CompletedProcess[str]:
@@ -32,6 +35,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.merge, "merge"),
         (vltrain.workflows.chat, "answer_file"),
         (vltrain.workflows.inspect, "check"),
+        (vltrain.workflows.convert, "convert_coco_file"),
+        (vltrain.workflows.convert, "convert_refcoco_file"),
+        (vltrain.workflows.convert, "convert_llava_file"),
         (vltrain.workflows.demo, "write_demo"),
         (vltrain.workflows.demo, "score_demo"),
     ):
@@ -156,6 +162,54 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
 
 def test_chat_without_a_file_to_answer_is_a_usage_error(called: list[tuple]):
     assert type_in("chat", "model") == 2
+    assert called == []
+
+
+def test_convert_reads_annotations_of_three_kinds(called: list[tuple]):
+    type_in("convert", "coco", "a.json", "-o", "t.json", "--images", "pictures")
+    type_in("convert", "refcoco", "a.json", "--output", "t.json")
+    type_in("convert", "llava", "a.json", "-o", "t.json")
+
+    files = (Path("a.json"), Path("t.json"))
+    assert called == [
+        (
+            "convert_coco_file",
+            files,
+            {"images": Path("pictures"), "question": CATEGORY_QUESTION},
+        ),
+        (
+            "convert_refcoco_file",
+            files,
+            {
+                "images": None,
+                "boxes": "xywh",
+                "splits": (),
+                "instances": None,
+                "question": EXPRESSION_QUESTION,
+            },
+        ),
+        ("convert_llava_file", files, {"images": None}),
+    ]
+
+
+def test_convert_takes_the_form_of_boxes_splits_and_a_question(called: list[tuple]):
+    type_in(
+        *("convert", "refcoco", "a.json", "-o", "t.json", "--boxes", "xyxy", "--split", "train"),
+        *("--split", "val", "--instances", "i.json", "--question", "Find {expression}."),
+    )
+
+    assert called[0][2] == {
+        "images": None,
+        "boxes": "xyxy",
+        "splits": ["train", "val"],
+        "instances": Path("i.json"),
+        "question": "Find {expression}.",
+    }
+
+
+@pytest.mark.parametrize("words", [("coco", "a.json"), ("coco", "-o", "t.json"), ("voc", "a.xml")])
+def test_convert_without_its_words_is_a_usage_error(called: list[tuple], words: tuple[str, ...]):
+    assert type_in("convert", *words) == 2
     assert called == []
 
 

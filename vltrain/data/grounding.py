@@ -1,19 +1,22 @@
-"""Boxes in text: `<ref>the cat</ref><box>(x1,y1),(x2,y2)</box>`, read, checked and drawn.
+"""Boxes in text: `<ref>the cat</ref><box>(x1,y1),(x2,y2)</box>`, read, written and drawn.
 
 Coordinates are whole numbers on a grid of 1000 x 1000 laid over the picture, origin at the top
-left: [0, 1000) in both directions, whatever the picture's size.
+left: [0, 1000) in both directions, whatever the picture's size. `grid_box` goes from pixels to
+the grid and `in_pixels` back.
 """
 
 import logging
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vltrain.data.faults import Fault
+from vltrain.data.faults import Fault, error_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ _MARKUP = re.compile(
     f"<ref>(?P<ref>{_NO_TAG})</ref>|<(?P<shape>box|quad)>(?P<inside>{_NO_TAG})</(?P=shape)>",
     re.DOTALL,
 )
+_TAG = re.compile(r"</?(?:img|ref|box|quad)>")
 _BOX_FIX = "write <box>(x1,y1),(x2,y2)</box>, whole numbers from 0 to 999"
 _QUAD_FIX = "write <quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>, whole numbers from 0 to 999"
 _COLOURS = ("#e6194b", "#0a7d32", "#1f55d6", "#b35c00", "#7d1fb0", "#00707a")
@@ -69,51 +73,211 @@ class Box:
         )
 
 
+@dataclass(frozen=True)
+class Quad:
+    """Four corners on the 1000 x 1000 grid (leaning text, say) and what they hold."""
+
+    corners: tuple[tuple[int, int], ...]  # (x, y), four of them, as the text has them
+    ref: str | None = None
+
+    def in_pixels(self, width: int, height: int) -> tuple[tuple[float, float], ...]:
+        """The corners on a picture of that size."""
+        return tuple((x * width / GRID, y * height / GRID) for x, y in self.corners)
+
+
+Region = Box | Quad
+
+
+@dataclass(frozen=True)
+class PixelBox:
+    """A rectangle in pixels of a picture, origin at the top left."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @classmethod
+    def from_xywh(cls, x: float, y: float, width: float, height: float) -> "PixelBox":
+        """From a corner and a size, as COCO has it."""
+        return cls(x, y, x + width, y + height)
+
+    @classmethod
+    def from_shares(
+        cls, corners: tuple[float, float, float, float], width: int, height: int
+    ) -> "PixelBox":
+        """From left, top, right and bottom as shares of the picture's sides, 0 to 1."""
+        left, top, right, bottom = corners
+        return cls(left * width, top * height, right * width, bottom * height)
+
+
+def clip_to_picture(pixels: PixelBox, width: int, height: int) -> PixelBox | Fault:
+    """The part of a rectangle that lies on a picture of that size, or why there is none."""
+    if width <= 0 or height <= 0:
+        message = f"the picture is {width} x {height} pixels"
+        return Fault("zero_size_picture", message, "give the size of the picture in pixels")
+    left, top, right, bottom = pixels.left, pixels.top, pixels.right, pixels.bottom
+    shown = f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        return Fault("bad_number", f"{shown} is not of finite numbers", "mend or remove the box")
+    if right <= left or bottom <= top:
+        message = f"{shown} has no area"
+        return Fault("empty_box", message, "write the top left corner first, or remove the box")
+    if left >= width or top >= height or right <= 0 or bottom <= 0:
+        message = f"{shown} lies outside the picture of {width} x {height} pixels"
+        return Fault("box_outside_picture", message, "mend or remove the box")
+    return PixelBox(max(0, left), max(0, top), min(width, right), min(height, bottom))
+
+
+def grid_box(pixels: PixelBox, width: int, height: int, ref: str | None = None) -> Box:
+    """A rectangle in pixels on the 1000 x 1000 grid.
+
+    What leaves the picture is cut off. Each side goes to the nearest line of the grid, so that
+    `Box.in_pixels` gives it back within half a cell (width / 2000, height / 2000). The picture's
+    right and lower edge have no line of their own: what would be 1000 becomes 999, up to a whole
+    cell inside. Sides of less than a cell may fall together; the box then has two equal numbers.
+
+    Raises:
+        VltrainError: a box without area or outside the picture, or a picture without a size.
+    """
+    clipped = clip_to_picture(pixels, width, height)
+    if isinstance(clipped, Fault):
+        raise error_of([clipped], "box" if ref is None else f"box of {ref!r}")
+
+    def line(place: float, side: int) -> int:
+        return min(GRID - 1, round(place * GRID / side))
+
+    return Box(
+        line(clipped.left, width),
+        line(clipped.top, height),
+        line(clipped.right, width),
+        line(clipped.bottom, height),
+        ref,
+    )
+
+
+def write_regions(regions: Iterable[Region]) -> str:
+    """Boxes and quads as text that `parse_regions` reads back to the same.
+
+    Those that follow each other with the same ref stand behind one `<ref>`; groups are parted
+    by a comma, which keeps a box without a ref from falling to the ref before it.
+
+    Raises:
+        VltrainError: numbers that are no box or quad on the grid, a ref that is empty, begins or
+            ends with a blank, or holds a tag.
+    """
+    groups = groupby(regions, key=lambda region: region.ref)
+    return ", ".join(
+        _ref_text(ref) + "".join(_region_text(region) for region in group) for ref, group in groups
+    )
+
+
+def ref_fault(ref: str) -> Fault | None:
+    """Why a text cannot stand in `<ref>`; None where it can."""
+    fix = "name what the box holds in plain words"
+    tag = _TAG.search(ref)
+    if tag:
+        return Fault("bad_ref", f"the ref {ref!r} holds {tag[0]}", fix)
+    if not ref or ref != ref.strip():
+        return Fault("bad_ref", f"the ref {ref!r} is empty or has blanks around it", fix)
+    return None
+
+
 def parse_boxes(text: str) -> tuple[list[Box], list[str]]:
     """The boxes of a text, and a reason for each that could not be read. Never raises.
 
     A `<ref>` belongs to all boxes that follow it without a word between.
     """
-    boxes, faults = read_boxes(text)
+    regions, reasons = parse_regions(text)
+    return [region for region in regions if isinstance(region, Box)], reasons
+
+
+def parse_regions(text: str) -> tuple[list[Region], list[str]]:
+    """The boxes and quads of a text, and a reason for each that could not be read. Never raises.
+
+    A `<ref>` belongs to all of them that follow it without a word between.
+    """
+    regions, faults = _read_regions(text)
     reasons = [fault.message for fault in faults if fault.grade != "warning"]
     unpaired = re.findall(r"</?(?:ref|box|quad)>", _MARKUP.sub("", text))
-    return boxes, reasons + [f"{tag} does not pair up" for tag in unpaired]
+    return regions, reasons + [f"{tag} does not pair up" for tag in unpaired]
 
 
 def read_boxes(text: str) -> tuple[list[Box], list[Fault]]:
     """The boxes of a text in order, and what is wrong inside its `<box>` and `<quad>` pairs."""
-    boxes: list[Box] = []
+    regions, faults = _read_regions(text)
+    return [region for region in regions if isinstance(region, Box)], faults
+
+
+def _read_regions(text: str) -> tuple[list[Region], list[Fault]]:
+    """The boxes and quads of a text in order, and what is wrong inside their tags."""
+    regions: list[Region] = []
     faults: list[Fault] = []
     ref: str | None = None
     ref_end = -1
     for markup in _MARKUP.finditer(text):
         if markup["shape"] is None:
-            ref, ref_end = markup["ref"].strip(), markup.end()
+            ref, ref_end = markup["ref"].strip() or None, markup.end()
             continue
         if text[max(ref_end, 0) : markup.start()].strip():
             ref = None
         ref_end = markup.end()
         found = list(_shape_faults(markup["shape"], markup["inside"]))
         faults += found
-        if markup["shape"] == "box" and all(fault.grade == "warning" for fault in found):
-            boxes.append(Box(*_numbers(_BOX, markup["inside"]), ref=ref or None))
-    return boxes, faults
+        if all(fault.grade == "warning" for fault in found):
+            regions.append(_region(markup["shape"], markup["inside"], ref))
+    return regions, faults
+
+
+def _region(shape: str, inside: str, ref: str | None) -> Region:
+    """What a `<box>` or `<quad>` without faults says."""
+    if shape == "box":
+        return Box(*_numbers(_BOX, inside), ref=ref)
+    numbers = _numbers(_QUAD, inside)
+    return Quad(tuple(zip(numbers[::2], numbers[1::2], strict=True)), ref)
+
+
+def _ref_text(ref: str | None) -> str:
+    if ref is None:
+        return ""
+    fault = ref_fault(ref)
+    if fault:
+        raise error_of([fault], "ref")
+    return f"<ref>{ref}</ref>"
+
+
+def _region_text(region: Region) -> str:
+    """One box or quad between its tags."""
+    if isinstance(region, Box):
+        shape, corners = "box", ((region.x1, region.y1), (region.x2, region.y2))
+    else:
+        shape, corners = "quad", region.corners
+    inside = ",".join(f"({x},{y})" for x, y in corners)
+    faults = [fault for fault in _shape_faults(shape, inside) if fault.grade != "warning"]
+    if faults:
+        raise error_of(faults, shape)
+    return f"<{shape}>{inside}</{shape}>"
 
 
 def draw_boxes(image: Image.Image, text: str) -> Image.Image:
-    """A copy of the picture with the boxes of a text drawn on it, each under its `<ref>`."""
+    """A copy of the picture with the boxes and quads of a text drawn on it, under their refs."""
     drawn = image.convert("RGB")
     canvas = ImageDraw.Draw(drawn)
     line = max(2, round(min(drawn.size) / 200))
-    boxes, reasons = parse_boxes(text)
+    regions, reasons = parse_regions(text)
     for reason in reasons:
         logger.warning("not drawn: %s", reason)
-    for number, box in enumerate(boxes):
+    for number, region in enumerate(regions):
         colour = _COLOURS[number % len(_COLOURS)]
-        left, top, right, bottom = box.in_pixels(*drawn.size)
-        canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
-        if box.ref:
-            _draw_label(canvas, box.ref, (left, top), colour, drawn.size)
+        if isinstance(region, Box):
+            left, top, right, bottom = region.in_pixels(*drawn.size)
+            canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
+        else:
+            corners = region.in_pixels(*drawn.size)
+            canvas.polygon(corners, outline=colour, width=line)
+            left, top = min(x for x, _ in corners), min(y for _, y in corners)
+        if region.ref:
+            _draw_label(canvas, region.ref, (left, top), colour, drawn.size)
     return drawn
 
 
