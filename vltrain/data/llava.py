@@ -14,7 +14,8 @@ from vltrain.data.conversion import (
     is_source,
     picture_line,
 )
-from vltrain.data.formats import ROLES, record_id
+from vltrain.data.formats import record_id
+from vltrain.data.turn_lists import ROLES
 
 PLACEHOLDER = "<image>"
 
