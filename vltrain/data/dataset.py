@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_long_error
 from vltrain.data.faults import Fault, error_of
 from vltrain.data.formats import Format
 from vltrain.data.images import image_size, open_image, resolve_image
+from vltrain.data.json_list import NotJson, list_elements
 from vltrain.errors import VltrainError
 
 TooLong = Literal["error", "drop"]
@@ -220,20 +221,36 @@ class SampleDataset:
 
 
 def _scan_list(path: Path) -> Iterator[Record | Unreadable]:
-    """The elements of a JSON list."""
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if not raw.strip():
-        return
+    """The elements of a JSON list, read piece by piece."""
+    with path.open("rb") as file:
+        begins = _first_bytes(file)
+        file.seek(0)
+        if begins.startswith(b"["):
+            try:
+                for index, value in enumerate(list_elements(file)):
+                    yield Record(path, index, value)
+            except NotJson as error:
+                yield Unreadable(path, None, error.fault)
+        elif begins:
+            yield Unreadable(path, None, _no_list(file.read().removeprefix(codecs.BOM_UTF8)))
+
+
+def _first_bytes(file: BinaryIO) -> bytes:
+    """What a file begins with, a byte order mark and blanks left out; empty if all is blank."""
+    begins = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not begins and (more := file.read(4096)):
+        begins = more.lstrip()
+    return begins
+
+
+def _no_list(raw: bytes) -> Fault:
+    """Why a file that does not begin with `[` is no list of records."""
     parsed = _parse(raw)
     if isinstance(parsed, Fault):
-        yield Unreadable(path, None, _lines_as_list(raw) or parsed)
-    elif isinstance(parsed.value, list):
-        for index, value in enumerate(parsed.value):
-            yield Record(path, index, value)
-    else:
-        message = "the file is not a list of records"
-        fix = "put the records between [ and ], or write one per line into a .jsonl file"
-        yield Unreadable(path, None, Fault("not_a_list", message, fix))
+        return _lines_as_list(raw) or parsed
+    message = "the file is not a list of records"
+    fix = "put the records between [ and ], or write one per line into a .jsonl file"
+    return Fault("not_a_list", message, fix)
 
 
 def _scan_lines(path: Path) -> Iterator[Record | Unreadable]:
