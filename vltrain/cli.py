@@ -222,6 +222,10 @@ def check(
         Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"],
         typer.Option("--format", help="How records are read; auto tells by their content."),
     ] = "auto",
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Decode every picture; else headers and ends are read."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report all that is wrong with data files.
@@ -238,6 +242,7 @@ def check(
             max_length=max_length,
             too_long=too_long,
             format=data_format,
+            decode=decode,
             as_json=as_json,
         )
     )

@@ -7,7 +7,9 @@ import pytest
 from letters import LetterProcessor, record
 from PIL import Image
 
-from vltrain.data.checks import Finding, check_files
+from vltrain.data import checks
+from vltrain.data.checks import Checker, Finding, check_files
+from vltrain.data.dataset import Record
 from vltrain.data.grounding import parse_boxes
 from vltrain.data.images import open_image
 
@@ -187,14 +189,51 @@ def test_what_the_original_took_is_a_warning_under_reference_labels(folder):
     }
 
 
-def test_a_header_check_passes_a_picture_cut_short_and_decoding_finds_it(folder):
+def test_a_picture_cut_short_is_found(folder):
     path = folder / "cut.jpg"
     Image.effect_noise((64, 64), 90).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    value = record("<img>cut.jpg</img>q", "a")
 
-    assert checked(folder, value, decode=False).findings == ()
-    assert [f.kind for f in checked(folder, value).findings] == ["broken_picture"]
+    report = checked(folder, record("<img>cut.jpg</img>q", "a"))
+
+    assert [found.kind for found in report.findings] == ["broken_picture"]
+
+
+def test_the_records_before_a_broken_place_are_checked(folder):
+    file = folder / "train.json"
+    file.write_text('[{},\n{"conversations": ]')
+
+    report = check_files([file])
+
+    assert [(f.record, f.kind) for f in report.findings] == [
+        (0, "no_conversations"),
+        (None, "not_json"),
+    ]
+    assert report.findings[1].message.startswith("not JSON: line 2, column 19")
+
+
+def test_two_processes_report_what_one_does(folder):
+    values = [record("<img>no.png</img>q", "a") if n % 3 else record("q", "a") for n in range(1500)]
+    counts = []
+
+    alone = checked(folder, *values)
+    together = checked(folder, *values, workers=2, on_checked=counts.append)
+
+    assert len(alone.findings) == 1000
+    assert together == alone
+    assert sum(counts) == 1500
+
+
+def test_a_bounded_number_of_pictures_is_remembered(folder, monkeypatch):
+    monkeypatch.setattr(checks, "MOST_PICTURES_SEEN", 2)
+    checker = Checker()
+    for name in ("a", "b", "c"):
+        value = record(f"<img>{name}.png</img>q", "a")
+        assert [f.kind for f in checker.findings(Record(folder / "x.json", 0, value))] == [
+            "missing_picture"
+        ]
+
+    assert [source for _, source in checker.seen] == ["b.png", "c.png"]
 
 
 def test_a_report_has_the_form_that_other_programs_read(folder):

@@ -190,11 +190,31 @@ def test_a_file_cut_short_is_found_and_refused(tmp_path, ending):
         open_image(path, where="t#1")
 
 
-def test_a_header_check_does_not_decode(tmp_path):
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif"])
+def test_a_file_cut_short_is_found_by_its_end(tmp_path, ending):
+    whole = noise(tmp_path / f"whole.{ending}")
+    cut = tmp_path / f"cut.{ending}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+
+    assert picture_faults(whole, decode=False) == []
+    assert [fault.kind for fault in picture_faults(cut, decode=False)] == ["broken_picture"]
+
+
+def test_bytes_behind_a_pictures_end_are_no_fault(tmp_path):
     path = noise(tmp_path / "a.jpg")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes() + bytes(5000))
 
     assert picture_faults(path, decode=False) == []
+
+
+def test_only_decoding_finds_damage_in_the_middle(tmp_path):
+    path = noise(tmp_path / "a.png")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+    assert picture_faults(path, decode=False) == []
+    assert [fault.kind for fault in picture_faults(path, decode=True)] == ["broken_picture"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from vltrain.data.json_list import NotJson, list_elements
+from vltrain.data.json_list import NotJsonError, list_elements
 
 VALUES = [{"a": 'br]ace}s and "quotes" \\'}, "é😀", -1.5e10, 12345, None, True, [[], {}], ""]
 
@@ -46,7 +46,7 @@ def test_what_is_broken_is_named_by_line_after_what_stands_before(
     chunk_bytes, raw, before, message
 ):
     read = []
-    with pytest.raises(NotJson) as error:
+    with pytest.raises(NotJsonError) as error:
         read.extend(list_elements(io.BytesIO(raw), chunk_bytes=chunk_bytes))
 
     assert message in error.value.fault.message
@@ -57,14 +57,14 @@ def test_elements_before_a_broken_one_are_handed_out_first():
     elements = list_elements(io.BytesIO(b"[1, 2,\nx]"))
 
     assert [next(elements), next(elements)] == [1, 2]
-    with pytest.raises(NotJson):
+    with pytest.raises(NotJsonError):
         next(elements)
 
 
 def test_a_nesting_beyond_all_measure_is_a_fault_with_its_line():
     raw = b"[1,\n" + b"[" * 200_000
 
-    with pytest.raises(NotJson) as error:
+    with pytest.raises(NotJsonError) as error:
         list(list_elements(io.BytesIO(raw)))
 
     assert error.value.fault.message.startswith("not JSON: line 2")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vltrain.workflows.inspect import check
 
@@ -57,6 +58,22 @@ def test_the_format_can_be_said(tmp_path):
 
     assert check([file]) == 1
     assert check([file], format="qwen_vl") == 0
+
+
+def test_pictures_are_decoded_where_that_is_asked(tmp_path):
+    picture = tmp_path / "a.png"
+    Image.effect_noise((64, 64), 90).save(picture)
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2] ^= 255
+    picture.write_bytes(content)
+    question = {"from": "user", "value": "<img>a.png</img>q"}
+    file = tmp_path / "train.json"
+    file.write_text(
+        json.dumps([{"conversations": [question, {"from": "assistant", "value": "a"}]}])
+    )
+
+    assert check([file]) == 0
+    assert check([file], decode=True) == 1
 
 
 def test_warnings_alone_are_no_failure(faulty, capsys):

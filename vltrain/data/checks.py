@@ -1,11 +1,11 @@
 """Every finding about data files, with its record, before a model is loaded.
 
-One pass over the records; each is asked for all its faults, those of its form (`formats`), its
-boxes (`grounding`), its pictures (`images`) and its length (`encoding`). A new check is a
-function that gives faults, called in `_record_faults`.
+One pass over the records, in as many processes as are asked for. Each record is asked for all
+its faults, those of its form (`formats`), its boxes (`grounding`), its pictures (`images`) and
+its length (`encoding`). A new check is a function that gives faults, called in `_record_faults`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from vltrain.data.faults import Fault
 from vltrain.data.formats import Format, read_conversation, record_id
 from vltrain.data.grounding import read_boxes
 from vltrain.data.images import image_size, locate_image, picture_faults
+from vltrain.data.parallel import map_chunks
 
 Severity = Literal["error", "warning"]
+MOST_PICTURES_SEEN = 50_000  # remembered by a checker: about 300 bytes each
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,14 @@ class Checker:
     max_length: int | None = None  # tokens, image tokens included
     too_long: TooLong = "error"
     labels: LabelPolicy = "assistant"
-    decode: bool = True  # pictures are decoded whole; False: their headers alone are read
+    decode: bool = False  # pictures are decoded whole; False: their headers and ends are read
     format: Format = "auto"
-    seen: dict[Path, list[Fault]] = field(default_factory=dict)  # faults of pictures looked at
+    seen: dict[tuple[Path, str], list[Fault]] = field(default_factory=dict)  # pictures' faults
+
+    def check_chunk(self, entries: Sequence[Record | Unreadable]) -> tuple[int, list[Finding]]:
+        """How many records there are among some entries, and all that is wrong with them."""
+        count = sum(isinstance(entry, Record) or entry.index is not None for entry in entries)
+        return count, [found for entry in entries for found in self.findings(entry)]
 
     def findings(self, entry: Record | Unreadable) -> Iterator[Finding]:
         """All that is wrong with one record, or with a place that holds none."""
@@ -111,16 +118,22 @@ class Checker:
             yield from self._length_faults(conversation)
 
     def _picture_faults(self, turn: Turn, record: Record) -> Iterator[Fault]:
-        """What is wrong with a turn's pictures; each file is opened once in a check."""
+        """What is wrong with a turn's pictures; each is looked at once, as far as is remembered."""
         sources = [part.source for part in turn.parts if isinstance(part, ImagePart)]
         for source in filter(None, sources):  # an empty path is a fault of the form
-            found = locate_image(source, data_file=record.file, image_root=self.image_root)
-            if isinstance(found, Fault):
-                yield found
-                continue
-            if found not in self.seen:
-                self.seen[found] = picture_faults(found, decode=self.decode)
-            yield from self.seen[found]
+            key = (record.file, source)
+            if key not in self.seen:
+                if len(self.seen) >= MOST_PICTURES_SEEN:
+                    del self.seen[next(iter(self.seen))]  # the oldest
+                self.seen[key] = self._look_at(source, record)
+            yield from self.seen[key]
+
+    def _look_at(self, source: str, record: Record) -> list[Fault]:
+        """What is wrong with one picture of a record."""
+        found = locate_image(source, data_file=record.file, image_root=self.image_root)
+        if isinstance(found, Fault):
+            return [found]
+        return picture_faults(found, decode=self.decode)
 
     def _length_faults(self, conversation: Conversation) -> Iterator[Fault]:
         """The fault of a sample longer than max_length: a warning where it is dropped."""
@@ -148,8 +161,10 @@ def check_files(
     max_length: int | None = None,
     too_long: TooLong = "error",
     labels: LabelPolicy = "assistant",
-    decode: bool = True,
+    decode: bool = False,
     format: Format = "auto",
+    workers: int = 1,
+    on_checked: Callable[[int], None] | None = None,
 ) -> Report:
     """Read files once and report all that would stop or spoil a training run.
 
@@ -160,8 +175,11 @@ def check_files(
         max_length: tokens, image tokens included; None: any length.
         too_long: are longer samples errors, or dropped and counted?
         labels: under "reference", what the original code takes is a warning and no error.
-        decode: decode pictures whole, which finds files cut short; False: headers alone.
+        decode: decode pictures whole, which finds damage in their middle; False: read their
+            headers, and see by their ends whether they were cut short.
         format: how records are read; "auto" tells by the content of each.
+        workers: processes that check; the report is the same for any number.
+        on_checked: told, now and then, how many more records have been checked.
 
     Returns:
         The findings in the order of the files and records. Never raises for faulty data.
@@ -169,9 +187,11 @@ def check_files(
     checker = Checker(processor, image_root, max_length, too_long, labels, decode, format)
     records = 0
     findings: list[Finding] = []
-    for entry in _entries(files):
-        records += isinstance(entry, Record) or entry.index is not None
-        findings.extend(checker.findings(entry))
+    for count, found in map_chunks(checker.check_chunk, _entries(files), workers=workers):
+        records += count
+        findings.extend(found)
+        if on_checked:
+            on_checked(count)
     dropped = sum(found.kind == "too_long" and found.severity == "warning" for found in findings)
     return Report(records, tuple(findings), dropped)
 

@@ -17,7 +17,7 @@ from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_lo
 from vltrain.data.faults import Fault, error_of
 from vltrain.data.formats import Format
 from vltrain.data.images import image_size, open_image, resolve_image
-from vltrain.data.json_list import NotJson, list_elements
+from vltrain.data.json_list import NotJsonError, list_elements
 from vltrain.errors import VltrainError
 
 TooLong = Literal["error", "drop"]
@@ -229,7 +229,7 @@ def _scan_list(path: Path) -> Iterator[Record | Unreadable]:
             try:
                 for index, value in enumerate(list_elements(file)):
                     yield Record(path, index, value)
-            except NotJson as error:
+            except NotJsonError as error:
                 yield Unreadable(path, None, error.fault)
         elif begins:
             yield Unreadable(path, None, _no_list(file.read().removeprefix(codecs.BOM_UTF8)))

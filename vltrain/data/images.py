@@ -13,6 +13,9 @@ from vltrain.data.faults import Fault, error_of
 
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
 _DEEP_GREY = ("I", "F")  # modes that Pillow's convert("RGB") clips to white; "I;16" begins so
+# What stands at the end of a whole file, and in how many of its last bytes: cameras write a
+# little behind it.
+_END_MARKS = {"JPEG": (b"\xff\xd9", 1024), "PNG": (b"IEND", 1024), "GIF": (b";", 1)}
 # What Pillow's decoders raise on bytes that are no picture.
 _DECODE_ERRORS = (
     OSError,
@@ -61,11 +64,11 @@ def locate_image(
     scheme = _SCHEME.match(source)
     if scheme:
         return _scheme_fault(source, (scheme[1] or scheme[2]).lower())
-    candidates = image_candidates(source, data_file=data_file, image_root=image_root)
+    candidates = _candidates(source, data_file, image_root)
     for candidate in candidates:
         if os.path.isfile(candidate):  # unlike Path.is_file, false for any impossible name
-            return candidate
-    looked = ", ".join(str(candidate) for candidate in candidates)
+            return Path(candidate)
+    looked = ", ".join(candidates)
     message = f"picture {source!r} is missing; looked for {looked}"
     fix = "put the file there, mend the path, or set data.image_root"
     return Fault("missing_picture", message, fix)
@@ -93,9 +96,22 @@ def image_candidates(
     Under `image_root`, beside the data file, in the working directory (where the original
     looks). An absolute path is looked for where it says.
     """
-    here = Path.cwd()
-    bases = [image_root, data_file.parent if data_file else None, here]
-    return list(dict.fromkeys(here / base / source for base in bases if base is not None))
+    return [Path(candidate) for candidate in _candidates(source, data_file, image_root)]
+
+
+def _candidates(source: str, data_file: Path | None, image_root: Path | None) -> list[str]:
+    """The same as texts: a check asks for a million of them, and paths take long to make."""
+    here = os.getcwd()
+    bases = [image_root, data_file.parent if data_file else None, ""]
+    joined = (os.path.join(here, base, source) for base in bases if base is not None)
+    return list(dict.fromkeys(_plain(path) for path in joined))
+
+
+def _plain(path: str) -> str:
+    """A path as `Path` writes it: without `.` and doubled slashes, `..` kept."""
+    if "/." in path or "//" in path or path.endswith("/"):
+        return str(Path(path))
+    return path
 
 
 def open_image(path: Path, *, where: str | None = None) -> Image.Image:
@@ -120,16 +136,15 @@ def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
 
     Args:
         path: a file that exists.
-        decode: read all of it, which finds a file that was cut short; otherwise its header.
+        decode: read all of it; otherwise its header, and its end where the format marks it:
+            a file that seems to be cut short is then decoded to be sure.
     """
     try:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
-            if decode:
+            if decode or not _ends_well(path, image.format):
                 image.draft("RGB", (1, 1))  # the smallest that a JPEG can be decoded to
                 image.load()
-            else:
-                image.verify()
     except _DECODE_ERRORS as error:
         return [_broken(path, error)]
     if 0 in size:
@@ -140,6 +155,18 @@ def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
         fix = "save it with 8 bits to decide the range yourself"
         return [Fault("deep_grey", message, fix, "warning")]
     return []
+
+
+def _ends_well(path: Path, format: str | None) -> bool:
+    """Does a picture's file end as its format says? True where the format does not say."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        if format == "WEBP":
+            file.seek(4)  # behind "RIFF": how many bytes follow
+            return int.from_bytes(file.read(4), "little") + 8 <= length
+        mark, tail_bytes = _END_MARKS.get(format or "", (b"", 0))
+        file.seek(max(0, length - tail_bytes))
+        return mark in file.read(tail_bytes)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 _CUT_CHARACTERS = 16
 
 
-class NotJson(Exception):
+class NotJsonError(Exception):
     """The file breaks off being JSON; `fault` says where."""
 
     def __init__(self, fault: Fault) -> None:
@@ -31,7 +31,7 @@ def list_elements(file: BinaryIO, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator
         chunk_bytes: read at once; an element may be longer.
 
     Raises:
-        NotJson: after all elements that stand before the broken place.
+        NotJsonError: after all elements that stand before the broken place.
     """
     window = _Window(file, chunk_bytes)
     window.take("[", "value")
@@ -44,7 +44,7 @@ def list_elements(file: BinaryIO, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator
             yield window.value()
         window.take("]", "',' delimiter")
     if window.next_character():
-        raise NotJson(window.fault("Extra data", window.place))
+        raise NotJsonError(window.fault("Extra data", window.place))
 
 
 class _Window:
@@ -75,7 +75,7 @@ class _Window:
     def take(self, character: str, wanted: str) -> None:
         """Pass over a character that must come next."""
         if self.next_character() != character:
-            raise NotJson(self.fault(f"Expecting {wanted}", self.place))
+            raise NotJsonError(self.fault(f"Expecting {wanted}", self.place))
         self.place += 1
 
     def value(self) -> Any:
@@ -87,11 +87,11 @@ class _Window:
                 value, end = _DECODER.raw_decode(self.text, self.place)
             except json.JSONDecodeError as error:
                 if not self._may_be_cut(error) or not self._read(size):
-                    raise NotJson(self.fault(error.msg, error.pos)) from error
+                    raise NotJsonError(self.fault(error.msg, error.pos)) from error
             except (ValueError, RecursionError) as error:  # a number or nesting beyond measure
                 line, _ = self._position(self.place)
                 message = f"not JSON: line {line}: {error}"
-                raise NotJson(Fault("not_json", message, f"mend line {line}")) from error
+                raise NotJsonError(Fault("not_json", message, f"mend line {line}")) from error
             else:
                 # A number at the end of the window may go on behind it.
                 if end < len(self.text) or not self._read(size):
@@ -121,7 +121,7 @@ class _Window:
     def _read(self, size: int) -> bool:
         """Drop what has been read from the window and add more; False at the file's end."""
         if self._undecodable:
-            raise NotJson(self._undecodable)
+            raise NotJsonError(self._undecodable)
         if self._ended:
             return False
         line, column = self._position(self.place)

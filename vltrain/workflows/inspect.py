@@ -1,11 +1,14 @@
 """Looking at data before a run: `vltrain check`."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from vltrain.data.checks import Finding, Report, check_files
@@ -13,6 +16,8 @@ from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import Processor
 from vltrain.data.formats import Format
 from vltrain.errors import VltrainError
+
+_MOST_WORKERS = 8  # the one process that reads the files keeps no more busy
 
 
 def check(
@@ -23,6 +28,7 @@ def check(
     max_length: int | None = None,
     too_long: TooLong = "error",
     format: Format = "auto",
+    decode: bool = False,
     as_json: bool = False,
 ) -> int:
     """Print every finding about data files to stdout.
@@ -35,19 +41,26 @@ def check(
         max_length: tokens, image tokens included; None: any length.
         too_long: are longer samples errors, or dropped and counted?
         format: how records are read; "auto" tells by the content of each.
+        decode: decode pictures whole; False: read their headers and ends.
         as_json: print one JSON object instead of text.
 
     Returns:
         The exit code: 1 where there is an error, else 0.
     """
-    report = check_files(
-        files,
-        processor=_processor(model) if model else None,
-        image_root=image_root,
-        max_length=max_length,
-        too_long=too_long,
-        format=format,
-    )
+    processor = _processor(model) if model else None
+    with _progress() as progress:
+        task = progress.add_task("checking", total=None)
+        report = check_files(
+            files,
+            processor=processor,
+            image_root=image_root,
+            max_length=max_length,
+            too_long=too_long,
+            decode=decode,
+            format=format,
+            workers=min(os.cpu_count() or 1, _MOST_WORKERS),
+            on_checked=partial(progress.advance, task),
+        )
     if as_json:
         print(json.dumps(report.as_json()))
     else:
@@ -89,6 +102,20 @@ def refuse_errors(report: Report, files: Sequence[Path], *, undone: str) -> None
         ", ".join(str(file) for file in files),
         what=f"{_count(len(report.errors), 'error')}, listed above; nothing was {undone}",
         fix="mend the data; `vltrain check` finds the same without starting anything",
+    )
+
+
+def _progress() -> Progress:
+    """A bar on stderr that counts records; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} records"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
 
 
