@@ -85,6 +85,10 @@ def test_an_error_is_found_with_its_record_and_id(folder, value, kind):
     [
         (turns(("assistant", "hi"), ("user", "q"), ("assistant", "a")), "leading_assistant"),
         (record("q", "<box>(1,2),(3,1000)</box>"), "box_at_1000"),
+        (record("q<|im_end|>\n<|im_start|>assistant", "a"), "control_token"),
+        (record("<imgpad>q", "a"), "control_token"),
+        (record("q", "<|box_start|>(1,2),(3,4)<|box_end|>"), "foreign_box"),
+        (record("q", "<loc0012><loc0100><loc0500><loc0600> cat"), "foreign_box"),
     ],
 )
 def test_what_is_odd_is_a_warning(folder, value, kind):
@@ -100,6 +104,30 @@ def test_a_grey_picture_of_16_bits_is_a_warning(folder):
     report = checked(folder, record("<img>deep.png</img>q", "a"))
 
     assert [(f.kind, f.severity) for f in report.findings] == [("deep_grey", "warning")]
+
+
+def test_an_answer_may_explain_control_tokens(folder):
+    assert checked(folder, record("q", "ChatML ends a turn with <|im_end|>.")).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "answer", "kinds"),
+    [
+        (6, "<box>(1,2),(3,4)</box>", ["turned_picture"]),
+        (6, "<quad>(1,2),(3,2),(3,4),(1,4)</quad>", ["turned_picture"]),
+        (6, "a cat", []),
+        (1, "<box>(1,2),(3,4)</box>", []),
+    ],
+)
+def test_boxes_on_a_picture_that_viewers_turn_are_a_warning(folder, orientation, answer, kinds):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 8)).save(folder / "turned.jpg", exif=exif)
+
+    report = checked(folder, record("<img>turned.jpg</img>q", answer))
+
+    assert [found.kind for found in report.findings] == kinds
+    assert report.errors == ()
 
 
 def test_all_findings_of_all_records_are_reported_together(folder):
@@ -282,6 +310,12 @@ def test_a_check_reads_records_in_the_format_that_is_set(folder):
 
     assert [found.kind for found in checked(folder, value).findings] == ["missing_pictures"]
     assert checked(folder, value, format="qwen_vl").findings == ()
+
+
+def test_the_examples_are_clean():
+    files = [file for file in sorted(EXAMPLES.iterdir()) if file.suffix in (".json", ".jsonl")]
+
+    assert check_files(files, decode=True).findings == ()
 
 
 def test_the_boxes_of_the_examples_lie_on_what_they_name():

@@ -22,7 +22,8 @@ from vltrain.data.encoding import (
 from vltrain.data.faults import Fault
 from vltrain.data.formats import Format, read_conversation, record_id
 from vltrain.data.grounding import read_boxes
-from vltrain.data.images import image_size, locate_image, picture_faults
+from vltrain.data.images import TURNED_PICTURE, image_size, locate_image, picture_faults
+from vltrain.data.markup import BOX_TAG, token_faults
 from vltrain.data.parallel import map_chunks
 
 Severity = Literal["error", "warning"]
@@ -110,10 +111,14 @@ class Checker:
             record.value, format=self.format, image_size=measure
         )
         yield from faults
+        has_boxes = any(BOX_TAG.search(turn.text) for turn in conversation.turns)
         for turn in conversation.turns:
             yield from _empty_turn_faults(turn)
             yield from _box_faults(turn)
-            yield from self._picture_faults(turn, record)
+            yield from token_faults(turn)
+            for fault in self._picture_faults(turn, record):
+                if has_boxes or fault.kind != TURNED_PICTURE:
+                    yield fault
         if not any(fault.refused(lenient=self.labels == "reference") for fault in faults):
             yield from self._length_faults(conversation)
 

@@ -3,16 +3,18 @@
 import os
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vltrain.data.faults import Fault, error_of
 
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
 _DEEP_GREY = ("I", "F")  # modes that Pillow's convert("RGB") clips to white; "I;16" begins so
+TURNED_PICTURE = "turned_picture"  # kind of a fault that matters to records with boxes alone
 # What stands at the end of a whole file, and in how many of its last bytes: cameras write a
 # little behind it.
 _END_MARKS = {"JPEG": (b"\xff\xd9", 1024), "PNG": (b"IEND", 1024), "GIF": (b";", 1)}
@@ -142,6 +144,7 @@ def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
     try:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
+            orientation = _orientation(image)
             if decode or not _ends_well(path, image.format):
                 image.draft("RGB", (1, 1))  # the smallest that a JPEG can be decoded to
                 image.load()
@@ -154,7 +157,24 @@ def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
         message = f"picture {path} is grey of more than 8 bits: it is stretched over its range"
         fix = "save it with 8 bits to decide the range yourself"
         return [Fault("deep_grey", message, fix, "warning")]
+    if orientation in range(2, 9):
+        message = f"picture {path} is turned by viewers (EXIF orientation {orientation}), not here"
+        fix = "save it upright, or measure its boxes on the picture as it is stored"
+        return [Fault(TURNED_PICTURE, message, fix, "warning")]
     return []
+
+
+def _orientation(image: Image.Image) -> int:
+    """How viewers turn a picture, 1 for not at all, from its header; 1 where EXIF is broken."""
+    if "exif" not in image.info:  # asked for it all the same, Pillow would decode a PNG
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Corrupt EXIF data", which is nobody's matter here
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODE_ERRORS:
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _ends_well(path: Path, format: str | None) -> bool:

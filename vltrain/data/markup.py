@@ -3,11 +3,23 @@
 import re
 from collections.abc import Iterable
 
-from vltrain.data.conversation import ImagePart, Part, TextPart
+from vltrain.data.conversation import ImagePart, Part, TextPart, Turn
 from vltrain.data.faults import Fault, Grade
 
 TAG = re.compile(r"<(/?)(img|ref|box|quad)>")
+BOX_TAG = re.compile(r"<(?:box|quad)>")
 PICTURE_TAG = re.compile(r"</?img>")
+
+# Tokens that part turns or stand for pictures, of Qwen's models; text that holds them stays text.
+_CONTROL_TOKEN = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>"
+    r"|<imgpad>"
+)
+# How Qwen2-VL, PaliGemma, Kosmos-2 and DeepSeek-VL2 write places, which here is plain text.
+_FOREIGN_BOX = re.compile(
+    r"<\|(?:box|object_ref|quad)_(?:start|end)\|>|<loc\d{4}>|<patch_index_\d{4}>"
+    r"|<\|/?(?:det|ref)\|>"
+)
 
 
 def parts_of(text: str, where: str) -> tuple[tuple[Part, ...], list[Fault]]:
@@ -58,6 +70,25 @@ def prose_faults(text: str, where: str) -> list[Fault]:
     message = f"{where} has {tag[0]} in its text, where this format has no pictures: {around!r}"
     fix = "write the picture as this format does, or set data.format: qwen_vl to read the tags"
     return [Fault("picture_markup", message, fix)]
+
+
+def token_faults(turn: Turn) -> list[Fault]:
+    """Tokens in a turn's text that another model, or no writer, would mean: warnings."""
+    text = turn.text
+    if "<|" not in text and "<loc" not in text and "<patch" not in text and "<imgpad" not in text:
+        return []
+    faults: list[Fault] = []
+    foreign = _FOREIGN_BOX.search(text)
+    if foreign:
+        message = f"{turn.name} has {foreign[0]}, a box token of another model family"
+        fix = "write <ref>…</ref><box>(x1,y1),(x2,y2)</box>"
+        faults.append(Fault("foreign_box", message, fix, "warning"))
+    control = _CONTROL_TOKEN.search(text) if turn.role == "user" else None
+    if control:
+        message = f"{turn.name} has {control[0]} in its words, which is read as plain text"
+        fix = "remove it, or make the turns that it parts turns of the record"
+        faults.append(Fault("control_token", message, fix, "warning"))
+    return faults
 
 
 def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
