@@ -207,6 +207,7 @@ def test_bytes_behind_a_pictures_end_are_no_fault(tmp_path):
     assert picture_faults(path, decode=False) == []
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_is_no_fault_of_a_picture(tmp_path):
     path = tmp_path / "a.jpg"
     Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")

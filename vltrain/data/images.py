@@ -3,7 +3,6 @@
 import os
 import re
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -169,9 +168,7 @@ def _orientation(image: Image.Image) -> int:
     if "exif" not in image.info:  # asked for it all the same, Pillow would decode a PNG
         return 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Corrupt EXIF data", which is nobody's matter here
-            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DECODE_ERRORS:
         return 1
     return found if isinstance(found, int) else 1
