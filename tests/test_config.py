@@ -368,6 +368,17 @@ def test_an_override_below_a_value_is_refused():
     assert "`output` is a value, not a section" in fault_of("output.x=1")
 
 
+def test_a_tilde_in_a_recipe_is_the_home_directory(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+    written = "model: a\noutput: ~/run\ndata:\n  files: ~/train.json\n  image_root: ~/pictures\n"
+    recipe = from_file(tmp_path, written)
+
+    assert recipe.output == Path("/home/ann/run")
+    assert recipe.data.files == (Path("/home/ann/train.json"),)
+    assert recipe.data.image_root == Path("/home/ann/pictures")
+
+
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path):
     message = fault_in_file(tmp_path, "model: a\noutput: b\nmodel: c\n")
 

@@ -11,13 +11,14 @@ and is given to it by the workflow that trains.
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from vltrain.errors import VltrainError
 from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
@@ -28,16 +29,24 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
+def _at_home(path: Path) -> Path:
+    """A path with its `~` read, as a shell has read it in a flag."""
+    return Path(os.path.expanduser(path))  # unlike Path.expanduser, leaves an unknown user alone
+
+
+UserPath = Annotated[Path, AfterValidator(_at_home)]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which files to learn from and how long a sample may be."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    files: Annotated[tuple[Path, ...], MinLen(1)]  # one alone may be written without brackets
-    eval_files: tuple[Path, ...] = ()
+    files: Annotated[tuple[UserPath, ...], MinLen(1)]  # one alone may be written without brackets
+    eval_files: tuple[UserPath, ...] = ()
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training samples, kept for evaluation
-    image_root: Path | None = None  # where relative picture paths start; None: the file's folder
+    image_root: UserPath | None = None  # where relative picture paths start; None: beside the file
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
@@ -80,7 +89,7 @@ class Recipe:
 
     method: Method
     model: Annotated[str, MinLen(1)]  # a folder, or a name on the hub with an optional @revision
-    output: Path
+    output: UserPath
     data: DataConfig
     dtype: Dtype = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
     lora: LoraConfig = field(default_factory=LoraConfig)
