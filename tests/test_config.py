@@ -95,6 +95,15 @@ def test_both_methods_have_the_originals_other_values():
         assert flags_only(method=method).trainer.items() >= expected.items()
 
 
+def test_evaluation_takes_batches_of_the_training_size():
+    two = flags_only("trainer.per_device_train_batch_size=2").trainer
+    other = flags_only("trainer.per_device_eval_batch_size=4").trainer
+
+    assert flags_only().trainer["per_device_eval_batch_size"] == 1
+    assert two["per_device_eval_batch_size"] == 2
+    assert other["per_device_eval_batch_size"] == 4
+
+
 def test_the_file_wins_over_defaults_flags_over_the_file_and_set_over_flags(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model: file\noutput: file\ndata: {files: [file.json], max_length: 64}\n")

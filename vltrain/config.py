@@ -275,10 +275,12 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
 def _with_defaults(recipe: Recipe) -> dict[str, Any]:
     """All `trainer:` values: the method's defaults under what was given.
 
-    What is held out is measured after each epoch; with every checkpoint where the best one is to
-    be kept, as `TrainingArguments` demands.
+    What is held out is measured in batches of the training's size, which have been seen to fit,
+    after each epoch; with every checkpoint where the best one is to be kept, as
+    `TrainingArguments` demands.
     """
     settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | recipe.trainer
+    settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
         if settings.get(key) is False:  # what YAML makes of a bare `no`
             settings[key] = "no"
