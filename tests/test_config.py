@@ -337,6 +337,7 @@ def test_what_is_missing_is_asked_for_by_its_flag(missing: str, advice: str):
         ("trainer.remove_unused_columns=true", "hold the pictures"),
         ("trainer.resume_from_checkpoint=x", "start it again"),
         ("trainer.deepspeed=zero2.json", "one process"),
+        ("trainer.label_smoothing_factor=0.1", "labels that are not shifted"),
     ],
 )
 def test_what_vltrain_sets_itself_is_refused_with_the_reason(override: str, reason: str):

@@ -122,6 +122,7 @@ NOT_YOURS_TO_SET = {
     "output_dir": ("the run directory is the recipe's own `output`", "set output instead"),
     "remove_unused_columns": ("columns that the Trainer calls unused hold the pictures", ""),
     "resume_from_checkpoint": ("a run that was cut off resumes by itself", "start it again"),
+    "label_smoothing_factor": ("transformers would smooth over labels that are not shifted", ""),
     "do_train": ("the command already says it", ""),
     "do_eval": ("evaluation follows from the data", "give data.eval_files or data.eval_share"),
     "do_predict": ("a run trains; it answers nothing", "use vltrain chat --input"),
