@@ -348,6 +348,12 @@ def test_two_ways_to_hold_data_out_contradict_each_other():
     assert "keep the one that you mean" in fault_of("data.eval_files=b.json", "data.eval_share=0.1")
 
 
+def test_a_file_to_learn_from_is_none_to_evaluate_on():
+    fault = fault_of("data.files=[a.json, b.json]", "data.eval_files=b.json")
+
+    assert "b.json is learned from and evaluated on" in fault
+
+
 @pytest.mark.parametrize("key", ["load_best_model_at_end=true", "eval_strategy=steps"])
 def test_an_eval_loss_needs_data_to_measure_it_on(key: str):
     assert "give data.eval_files or data.eval_share" in fault_of(f"trainer.{key}")

@@ -313,6 +313,13 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             "both data.eval_files and data.eval_share are given",
             "keep the one that you mean",
         )
+    both = [str(file) for file in data.eval_files if file in data.files]
+    if both:
+        refuse(
+            "data.eval_files",
+            f"{', '.join(both)} is learned from and evaluated on",
+            "evaluate on a file of its own, or on data.eval_share of this one",
+        )
     wants_eval = trainer.get("load_best_model_at_end") or trainer.get(
         "eval_strategy", "no"
     ) not in ("no", False)

@@ -194,7 +194,7 @@ def test_names_that_the_hub_does_not_give_are_explained(hub, tmp_path):
     assert "no such folder, and no such model on the hub" in unknown["error"]
     assert "org/model@v9: the model has no revision v9" in revision["error"]
     assert f"accept them at {hub.address}/org/gated" in gated["error"]
-    assert "there are no weights" in empty["error"]
+    assert "no weights of it are there" in empty["error"]
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):

@@ -134,7 +134,7 @@ def _snapshot(repo: str, revision: str | None, *, weights: bool) -> Path:
     if not any(folder.glob(SAFETENSORS_FILES[0])):
         folder = fetch(*DESCRIPTION_FILES, *BIN_FILES)
         if not any(folder.glob(BIN_FILES[0])):
-            what = "it has neither safetensors nor pytorch_model*.bin, so there are no weights"
+            what = "no weights of it are there, neither safetensors nor pytorch_model*.bin"
             raise VltrainError.at(repo, what=what, fix=_by_hand(repo, revision))
     return folder
 
