@@ -35,7 +35,7 @@ from vltrain.models.adapters import (
 from vltrain.models.catalog import family_of, is_chat_tuned, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
-from vltrain.models.hub import ResolvedModel, resolve_model
+from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
 from vltrain.models.loading import DTYPES, checkpoint_dtype, dtype_for_machine, load_model
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.training.callbacks import MetricsLog, ProgressBar
@@ -95,6 +95,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
     halves = read_data(console, recipe.data, base, seed=arguments.seed)
+    fetch_weights(base.source)
     model = prepare_model(recipe, base, seed=arguments.seed)
     hash_of_base = weights_hash(base.folder)
     run.begin(
@@ -202,8 +203,8 @@ def _current_names(settings: dict[str, Any], known: Sequence[str]) -> dict[str, 
 
 
 def read_base(model: str) -> Base:
-    """Find the base's folder, its family and its processor; no weight is read."""
-    source = resolve_model(model)
+    """Find the base's folder, its family and its processor; no weight is fetched or read."""
+    source = resolve_model(model, weights=False)
     family = family_of(source.path)
     config = family.read_config(read_json(source.path / "config.json"))
     processor = family.read_processor(source.path)
