@@ -41,6 +41,7 @@ class DataConfig:
     image_root: Path | None = None  # where relative picture paths start; None: the file's folder
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
+    packing: bool = False  # rows of up to max_length tokens hold several samples each
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
 
     @property
@@ -367,6 +368,13 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             "data.eval_share",
             "both data.eval_files and data.eval_share are given",
             "keep the one that you mean",
+        )
+    sampling = trainer.get("train_sampling_strategy", "random")
+    if data.packing and sampling != "random":
+        refuse(
+            "trainer.train_sampling_strategy",
+            f"packed rows come in random order, and `{sampling}` is asked for",
+            "take it out, or set data.packing: false",
         )
     wants_eval = trainer.get("load_best_model_at_end") or trainer.get(
         "eval_strategy", "no"
