@@ -360,6 +360,13 @@ def test_an_eval_loss_needs_data_to_measure_it_on(key: str):
     assert "give data.eval_files or data.eval_share" in fault_of(f"trainer.{key}")
 
 
+def test_packed_rows_have_no_other_order_than_their_own():
+    fault = fault_of("data.packing=true", "trainer.train_sampling_strategy=group_by_length")
+
+    assert "`group_by_length` is asked for" in fault
+    assert "data.packing: false" in fault
+
+
 def test_a_full_run_with_every_part_frozen_is_refused():
     parts = [f"freeze.{part}=true" for part in ("vision", "projector", "language")]
 

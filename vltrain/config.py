@@ -50,6 +50,7 @@ class DataConfig:
     image_root: UserPath | None = None  # where relative picture paths start; None: beside the file
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
+    packing: bool = False  # rows of up to max_length tokens hold several samples each
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
 
     @property
@@ -320,6 +321,13 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             "data.eval_files",
             f"{', '.join(both)} is learned from and evaluated on",
             "evaluate on a file of its own, or on data.eval_share of this one",
+        )
+    sampling = trainer.get("train_sampling_strategy", "random")
+    if data.packing and sampling != "random":
+        refuse(
+            "trainer.train_sampling_strategy",
+            f"packed rows come in random order, and `{sampling}` is asked for",
+            "take it out, or set data.packing: false",
         )
     wants_eval = trainer.get("load_best_model_at_end") or trainer.get(
         "eval_strategy", "no"

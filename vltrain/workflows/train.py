@@ -21,8 +21,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from vltrain.config import DataConfig, Recipe, unknown_key
 from vltrain.data.checks import check_files
-from vltrain.data.collation import Collator
+from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import Record, SampleDataset, read_records, split_records
+from vltrain.data.packing import PackedDataset
 from vltrain.errors import VltrainError
 from vltrain.models.adapters import (
     Adapter,
@@ -32,6 +33,7 @@ from vltrain.models.adapters import (
     refuse_impossible,
     set_learned,
 )
+from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import family_of, is_chat_tuned, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
@@ -72,7 +74,8 @@ class Halves:
     """What is learned from and, where a recipe asks for it, what is evaluated on."""
 
     train: SampleDataset
-    evaluation: SampleDataset | None
+    evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
+    rows: PackedDataset | None = None  # the samples of `train`, where the recipe packs them
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -233,9 +236,11 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
     records = [record for file in data.files for record in read_records(file)]
     records, held_out = split_records(records, data.eval_share, seed)
     held_out += [record for file in data.eval_files for record in read_records(file)]
+    samples = _samples(records, data, base)
     return Halves(
-        train=_samples(records, data, base),
+        train=samples,
         evaluation=_samples(held_out, data, base) if held_out else None,
+        rows=PackedDataset(samples, data.max_length) if data.packing else None,
     )
 
 
@@ -278,6 +283,8 @@ def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel |
         refuse_impossible(freeze)  # before the minutes that loading may take
     model = load_model(base.folder, dtype=dtype_for_machine(recipe.dtype))
     model.config.use_cache = False
+    if recipe.data.packing:
+        attend_packed(model)
     if recipe.method == "full":
         return set_learned(model, base.family, freeze)
     embeddings = recipe.lora.embeddings
@@ -323,14 +330,22 @@ def show_plan(
     )
     if halves.evaluation is not None:
         console.print(f"{len(halves.evaluation):,} samples to evaluate on")
+    rows = halves.rows
+    if rows is not None:
+        console.print(
+            f"packed into {len(rows):,} rows of up to {rows.row_tokens:,} tokens, "
+            f"{rows.fill:.1%} full",
+            soft_wrap=True,
+        )
+    units, noun = (len(samples), "samples") if rows is None else (len(rows), "rows")
     console.print(
-        f"{step_count(arguments, len(samples)):,} steps of {step:,} samples, "
+        f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"
     )
 
 
 def step_count(arguments: TrainingArguments, samples: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; `samples` are rows where they are packed."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     batches = samples / arguments.per_device_train_batch_size
@@ -353,12 +368,14 @@ def fit(
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
     progress = ProgressBar(console)
+    collator = Collator(base.processor.pad_id)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=halves.train,
+        train_dataset=halves.train if halves.rows is None else halves.rows,
         eval_dataset=halves.evaluation,
-        data_collator=Collator(base.processor.pad_id),
+        data_collator=collator if halves.rows is None else collate_rows,
+        eval_collator=collator,
         callbacks=[MetricsLog(run.append_metrics), progress],
     )
     trainer.remove_callback(PrinterCallback)
