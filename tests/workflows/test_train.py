@@ -23,9 +23,10 @@ from vltrain.config import Recipe, load_recipe, recipe_to_yaml
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
 from vltrain.models.fingerprint import weights_hash
+from vltrain.training.arguments import training_arguments
 from vltrain.training.run_dir import RunDir
 from vltrain.workflows.merge import merge
-from vltrain.workflows.train import train, training_arguments
+from vltrain.workflows.train import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
