@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vltrain.data.images import image_candidates, open_image, picture_faults, resolve_image
+from vltrain.data.images import (
+    header_size,
+    image_candidates,
+    open_image,
+    picture_faults,
+    resolve_image,
+)
 from vltrain.errors import VltrainError
 
 
@@ -173,6 +179,15 @@ def test_a_header_check_does_not_decode(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     assert picture_faults(path, decode=False) == []
+
+
+def test_a_pictures_size_is_read_from_its_header(tmp_path):
+    whole = noise(tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:400])
+    (tmp_path / "no.png").write_text("no picture")
+
+    assert header_size(tmp_path / "cut.png") == (64, 64)
+    assert header_size(tmp_path / "no.png") is None
 
 
 @pytest.mark.parametrize(
