@@ -11,12 +11,13 @@ import vltrain.workflows.chat
 import vltrain.workflows.demo
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
+import vltrain.workflows.stats
 import vltrain.workflows.train
 from vltrain.cli import app, main
 from vltrain.config import load_recipe
 from vltrain.errors import VltrainError
 
-COMMANDS = ("full", "lora", "merge", "chat", "check", "demo")
+COMMANDS = ("full", "lora", "merge", "chat", "check", "stats", "demo")
 
 
 def run_module(*words: str) -> subprocess.CompletedProcess[str]:
@@ -32,6 +33,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.merge, "merge"),
         (vltrain.workflows.chat, "answer_file"),
         (vltrain.workflows.inspect, "check"),
+        (vltrain.workflows.stats, "stats"),
         (vltrain.workflows.demo, "write_demo"),
         (vltrain.workflows.demo, "score_demo"),
     ):
@@ -164,6 +166,19 @@ def test_demo_writes_or_scores(called: list[tuple]):
     type_in("demo", "demo", "--score")
 
     assert called == [("write_demo", (Path("demo"),), {}), ("score_demo", (Path("demo"),), {})]
+
+
+def test_stats_gets_data_model_and_limit(called: list[tuple]):
+    type_in("stats", "a.json", "--model", "base", "--max-length", "64", "--json")
+
+    named = {"model": "base", "image_root": None, "max_length": 64, "as_json": True}
+    assert called == [("stats", ([Path("a.json")],), named)]
+
+
+@pytest.mark.parametrize("words", [("a.json", "-o", "p.html"), ("stats", "a.json")])
+def test_counting_tokens_without_a_model_is_a_usage_error(called: list[tuple], words):
+    assert type_in(*words) == 2
+    assert called == []
 
 
 def test_check_exits_with_the_code_of_its_findings(tmp_path: Path):

@@ -221,6 +221,29 @@ def check(
 
 
 @app.command()
+def stats(
+    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
+    ],
+    image_root: ImageRoot = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=1, help="A limit, in tokens, to count and pack for."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Say how long the samples are, and what is in them.
+
+    Tokens, pictures, boxes, the learned share, scripts; what a max_length would drop, and how
+    well the samples pack.
+    """
+    from vltrain.workflows.stats import stats as print_stats
+
+    print_stats(data, model=model, image_root=image_root, max_length=max_length, as_json=as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The demo's folder.")],
     score: Annotated[
