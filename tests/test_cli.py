@@ -11,13 +11,14 @@ import vltrain.workflows.chat
 import vltrain.workflows.demo
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
+import vltrain.workflows.preview
 import vltrain.workflows.stats
 import vltrain.workflows.train
 from vltrain.cli import app, main
 from vltrain.config import load_recipe
 from vltrain.errors import VltrainError
 
-COMMANDS = ("full", "lora", "merge", "chat", "check", "stats", "demo")
+COMMANDS = ("full", "lora", "merge", "chat", "check", "preview", "stats", "demo")
 
 
 def run_module(*words: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +34,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.merge, "merge"),
         (vltrain.workflows.chat, "answer_file"),
         (vltrain.workflows.inspect, "check"),
+        (vltrain.workflows.preview, "preview"),
         (vltrain.workflows.stats, "stats"),
         (vltrain.workflows.demo, "write_demo"),
         (vltrain.workflows.demo, "score_demo"),
@@ -168,6 +170,13 @@ def test_demo_writes_or_scores(called: list[tuple]):
     assert called == [("write_demo", (Path("demo"),), {}), ("score_demo", (Path("demo"),), {})]
 
 
+def test_preview_gets_data_model_page_and_choice(called: list[tuple]):
+    type_in("preview", "a.json", "b.json", "--model", "base", "-o", "p.html", "--samples", "3")
+
+    named = {"model": "base", "samples": 3, "seed": 0, "image_root": None, "max_length": None}
+    assert called == [("preview", ([Path("a.json"), Path("b.json")], Path("p.html")), named)]
+
+
 def test_stats_gets_data_model_and_limit(called: list[tuple]):
     type_in("stats", "a.json", "--model", "base", "--max-length", "64", "--json")
 
@@ -175,7 +184,7 @@ def test_stats_gets_data_model_and_limit(called: list[tuple]):
     assert called == [("stats", ([Path("a.json")],), named)]
 
 
-@pytest.mark.parametrize("words", [("a.json", "-o", "p.html"), ("stats", "a.json")])
+@pytest.mark.parametrize("words", [("preview", "a.json", "-o", "p.html"), ("stats", "a.json")])
 def test_counting_tokens_without_a_model_is_a_usage_error(called: list[tuple], words):
     assert type_in(*words) == 2
     assert called == []

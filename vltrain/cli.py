@@ -221,6 +221,40 @@ def check(
 
 
 @app.command()
+def preview(
+    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Who is to see it: a folder or a hub name.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")],
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="How many records to show, drawn at random.")
+    ] = 20,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which records are drawn.")] = 0,
+    image_root: ImageRoot = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="Mark samples with more tokens.")
+    ] = None,
+) -> None:
+    """Show samples as the model gets them, on a page.
+
+    Pictures with their boxes, the text token by token, what is learned of it, and what check
+    finds. Only the model's tokenizer is loaded.
+    """
+    from vltrain.workflows.preview import preview as preview_data
+
+    preview_data(
+        data,
+        output,
+        model=model,
+        samples=samples,
+        seed=seed,
+        image_root=image_root,
+        max_length=max_length,
+    )
+
+
+@app.command()
 def stats(
     data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
     model: Annotated[
