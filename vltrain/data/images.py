@@ -142,6 +142,15 @@ def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
     return []
 
 
+def header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels as the file's header has them; None where it is no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except _DECODE_ERRORS:
+        return None
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if not image.mode.startswith(_DEEP_GREY):
         return image.convert("RGB")
