@@ -12,6 +12,8 @@ import vltrain.workflows.convert
 import vltrain.workflows.demo
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
+import vltrain.workflows.preview
+import vltrain.workflows.stats
 import vltrain.workflows.train
 from vltrain.cli import app, main
 from vltrain.config import load_recipe
@@ -19,7 +21,7 @@ from vltrain.data.coco import CATEGORY_QUESTION
 from vltrain.data.refcoco import EXPRESSION_QUESTION
 from vltrain.errors import VltrainError
 
-COMMANDS = ("full", "lora", "merge", "chat", "check", "demo", "convert")
+COMMANDS = ("full", "lora", "merge", "chat", "check", "preview", "stats", "demo", "convert")
 
 
 def run_module(*words: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +40,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.convert, "convert_coco_file"),
         (vltrain.workflows.convert, "convert_refcoco_file"),
         (vltrain.workflows.convert, "convert_llava_file"),
+        (vltrain.workflows.preview, "preview"),
+        (vltrain.workflows.stats, "stats"),
         (vltrain.workflows.demo, "write_demo"),
         (vltrain.workflows.demo, "score_demo"),
     ):
@@ -218,6 +222,26 @@ def test_demo_writes_or_scores(called: list[tuple]):
     type_in("demo", "demo", "--score")
 
     assert called == [("write_demo", (Path("demo"),), {}), ("score_demo", (Path("demo"),), {})]
+
+
+def test_preview_gets_data_model_page_and_choice(called: list[tuple]):
+    type_in("preview", "a.json", "b.json", "--model", "base", "-o", "p.html", "--samples", "3")
+
+    named = {"model": "base", "samples": 3, "seed": 0, "image_root": None, "max_length": None}
+    assert called == [("preview", ([Path("a.json"), Path("b.json")], Path("p.html")), named)]
+
+
+def test_stats_gets_data_model_and_limit(called: list[tuple]):
+    type_in("stats", "a.json", "--model", "base", "--max-length", "64", "--json")
+
+    named = {"model": "base", "image_root": None, "max_length": 64, "as_json": True}
+    assert called == [("stats", ([Path("a.json")],), named)]
+
+
+@pytest.mark.parametrize("words", [("preview", "a.json", "-o", "p.html"), ("stats", "a.json")])
+def test_counting_tokens_without_a_model_is_a_usage_error(called: list[tuple], words):
+    assert type_in(*words) == 2
+    assert called == []
 
 
 def test_check_exits_with_the_code_of_its_findings(tmp_path: Path):

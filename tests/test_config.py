@@ -95,6 +95,15 @@ def test_both_methods_have_the_originals_other_values():
         assert flags_only(method=method).trainer.items() >= expected.items()
 
 
+def test_evaluation_takes_batches_of_the_training_size():
+    two = flags_only("trainer.per_device_train_batch_size=2").trainer
+    other = flags_only("trainer.per_device_eval_batch_size=4").trainer
+
+    assert flags_only().trainer["per_device_eval_batch_size"] == 1
+    assert two["per_device_eval_batch_size"] == 2
+    assert other["per_device_eval_batch_size"] == 4
+
+
 def test_the_file_wins_over_defaults_flags_over_the_file_and_set_over_flags(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model: file\noutput: file\ndata: {files: [file.json], max_length: 64}\n")
@@ -329,6 +338,7 @@ def test_what_is_missing_is_asked_for_by_its_flag(missing: str, advice: str):
         ("trainer.remove_unused_columns=true", "hold the pictures"),
         ("trainer.resume_from_checkpoint=x", "start it again"),
         ("trainer.deepspeed=zero2.json", "one process"),
+        ("trainer.label_smoothing_factor=0.1", "labels that are not shifted"),
     ],
 )
 def test_what_vltrain_sets_itself_is_refused_with_the_reason(override: str, reason: str):
@@ -339,9 +349,22 @@ def test_two_ways_to_hold_data_out_contradict_each_other():
     assert "keep the one that you mean" in fault_of("data.eval_files=b.json", "data.eval_share=0.1")
 
 
+def test_a_file_to_learn_from_is_none_to_evaluate_on():
+    fault = fault_of("data.files=[a.json, b.json]", "data.eval_files=b.json")
+
+    assert "b.json is learned from and evaluated on" in fault
+
+
 @pytest.mark.parametrize("key", ["load_best_model_at_end=true", "eval_strategy=steps"])
 def test_an_eval_loss_needs_data_to_measure_it_on(key: str):
     assert "give data.eval_files or data.eval_share" in fault_of(f"trainer.{key}")
+
+
+def test_packed_rows_have_no_other_order_than_their_own():
+    fault = fault_of("data.packing=true", "trainer.train_sampling_strategy=group_by_length")
+
+    assert "`group_by_length` is asked for" in fault
+    assert "data.packing: false" in fault
 
 
 def test_a_full_run_with_every_part_frozen_is_refused():
@@ -367,6 +390,17 @@ def test_an_override_is_a_key_and_a_value(override: str):
 
 def test_an_override_below_a_value_is_refused():
     assert "`output` is a value, not a section" in fault_of("output.x=1")
+
+
+def test_a_tilde_in_a_recipe_is_the_home_directory(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+    written = "model: a\noutput: ~/run\ndata:\n  files: ~/train.json\n  image_root: ~/pictures\n"
+    recipe = from_file(tmp_path, written)
+
+    assert recipe.output == Path("/home/ann/run")
+    assert recipe.data.files == (Path("/home/ann/train.json"),)
+    assert recipe.data.image_root == Path("/home/ann/pictures")
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path):

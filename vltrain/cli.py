@@ -318,6 +318,63 @@ def llava(file: AnnotationFile, output: TrainingFile, images: Images = None) -> 
 
 
 @app.command()
+def preview(
+    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Who is to see it: a folder or a hub name.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")],
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="How many records to show, drawn at random.")
+    ] = 20,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which records are drawn.")] = 0,
+    image_root: ImageRoot = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="Mark samples with more tokens.")
+    ] = None,
+) -> None:
+    """Show samples as the model gets them, on a page.
+
+    Pictures with their boxes, the text token by token, what is learned of it, and what check
+    finds. Only the model's tokenizer is loaded.
+    """
+    from vltrain.workflows.preview import preview as preview_data
+
+    preview_data(
+        data,
+        output,
+        model=model,
+        samples=samples,
+        seed=seed,
+        image_root=image_root,
+        max_length=max_length,
+    )
+
+
+@app.command()
+def stats(
+    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
+    ],
+    image_root: ImageRoot = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=1, help="A limit, in tokens, to count and pack for."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Say how long the samples are, and what is in them.
+
+    Tokens, pictures, boxes, the learned share, scripts; what a max_length would drop, and how
+    well the samples pack.
+    """
+    from vltrain.workflows.stats import stats as print_stats
+
+    print_stats(data, model=model, image_root=image_root, max_length=max_length, as_json=as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The demo's folder.")],
     score: Annotated[

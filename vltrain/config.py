@@ -11,13 +11,14 @@ and is given to it by the workflow that trains.
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from vltrain.errors import VltrainError
 from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
@@ -28,19 +29,28 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
+def _at_home(path: Path) -> Path:
+    """A path with its `~` read, as a shell has read it in a flag."""
+    return Path(os.path.expanduser(path))  # unlike Path.expanduser, leaves an unknown user alone
+
+
+UserPath = Annotated[Path, AfterValidator(_at_home)]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which files to learn from and how long a sample may be."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    files: Annotated[tuple[Path, ...], MinLen(1)]  # one alone may be written without brackets
+    files: Annotated[tuple[UserPath, ...], MinLen(1)]  # one alone may be written without brackets
     format: Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"] = "auto"
-    eval_files: tuple[Path, ...] = ()
+    eval_files: tuple[UserPath, ...] = ()
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training samples, kept for evaluation
-    image_root: Path | None = None  # where relative picture paths start; None: the file's folder
+    image_root: UserPath | None = None  # where relative picture paths start; None: beside the file
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
+    packing: bool = False  # rows of up to max_length tokens hold several samples each
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
 
     @property
@@ -81,7 +91,7 @@ class Recipe:
 
     method: Method
     model: Annotated[str, MinLen(1)]  # a folder, or a name on the hub with an optional @revision
-    output: Path
+    output: UserPath
     data: DataConfig
     dtype: Dtype = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -114,6 +124,7 @@ NOT_YOURS_TO_SET = {
     "output_dir": ("the run directory is the recipe's own `output`", "set output instead"),
     "remove_unused_columns": ("columns that the Trainer calls unused hold the pictures", ""),
     "resume_from_checkpoint": ("a run that was cut off resumes by itself", "start it again"),
+    "label_smoothing_factor": ("transformers would smooth over labels that are not shifted", ""),
     "do_train": ("the command already says it", ""),
     "do_eval": ("evaluation follows from the data", "give data.eval_files or data.eval_share"),
     "do_predict": ("a run trains; it answers nothing", "use vltrain chat --input"),
@@ -267,10 +278,12 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
 def _with_defaults(recipe: Recipe) -> dict[str, Any]:
     """All `trainer:` values: the method's defaults under what was given.
 
-    What is held out is measured after each epoch; with every checkpoint where the best one is to
-    be kept, as `TrainingArguments` demands.
+    What is held out is measured in batches of the training's size, which have been seen to fit,
+    after each epoch; with every checkpoint where the best one is to be kept, as
+    `TrainingArguments` demands.
     """
     settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | recipe.trainer
+    settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
         if settings.get(key) is False:  # what YAML makes of a bare `no`
             settings[key] = "no"
@@ -301,6 +314,20 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             "data.eval_share",
             "both data.eval_files and data.eval_share are given",
             "keep the one that you mean",
+        )
+    both = [str(file) for file in data.eval_files if file in data.files]
+    if both:
+        refuse(
+            "data.eval_files",
+            f"{', '.join(both)} is learned from and evaluated on",
+            "evaluate on a file of its own, or on data.eval_share of this one",
+        )
+    sampling = trainer.get("train_sampling_strategy", "random")
+    if data.packing and sampling != "random":
+        refuse(
+            "trainer.train_sampling_strategy",
+            f"packed rows come in random order, and `{sampling}` is asked for",
+            "take it out, or set data.packing: false",
         )
     wants_eval = trainer.get("load_best_model_at_end") or trainer.get(
         "eval_strategy", "no"

@@ -2,7 +2,7 @@
 
 import torch
 
-from vltrain.data.collation import Collator
+from vltrain.data.collation import Collator, collate_rows
 
 PAD = 0
 
@@ -38,3 +38,32 @@ def test_a_pad_token_that_somebody_wrote_stays_visible():
     batch = Collator(PAD)([sample(5, PAD, 6)])
 
     assert batch["attention_mask"].tolist() == [[1, 1, 1]]
+
+
+def test_the_samples_of_a_row_lie_one_after_the_other_without_padding():
+    batch = collate_rows([[sample(5, 6, 7), sample(8, 9)]])
+
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3)
+    assert "attention_mask" not in batch
+
+
+def test_nothing_predicts_the_first_token_of_a_sample_from_the_sample_before():
+    learned_whole = {"input_ids": [3, 4], "labels": [3, 4], "record": "train.json#0"}
+
+    batch = collate_rows([[learned_whole, learned_whole]])
+
+    assert batch["labels"].tolist() == [[-100, 4, -100, 4]]
+
+
+def test_several_rows_are_one_long_row_with_their_pictures_in_order():
+    rows = [[sample(1, pictures=1), sample(2)], [sample(3, 4, pictures=2)]]
+
+    batch = collate_rows(rows)
+
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1, 2, 4]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3, 3]

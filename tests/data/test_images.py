@@ -9,6 +9,7 @@ from PIL import Image
 
 from vltrain.data.faults import Fault
 from vltrain.data.images import (
+    header_size,
     image_candidates,
     image_size,
     open_image,
@@ -223,6 +224,15 @@ def test_only_decoding_finds_damage_in_the_middle(tmp_path):
 
     assert picture_faults(path, decode=False) == []
     assert [fault.kind for fault in picture_faults(path, decode=True)] == ["broken_picture"]
+
+
+def test_a_pictures_size_is_read_from_its_header(tmp_path):
+    whole = noise(tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:400])
+    (tmp_path / "no.png").write_text("no picture")
+
+    assert header_size(tmp_path / "cut.png") == (64, 64)
+    assert header_size(tmp_path / "no.png") is None
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,10 @@ def test_a_chat_tuned_checkpoint_says_so_in_its_generation_settings(
         (tmp_path / "generation_config.json").write_text(json.dumps(settings))
 
     assert is_chat_tuned(tmp_path) is chat_tuned
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(VltrainError, match="is an adapter, and a whole model is needed"):
+        family_of(tmp_path)

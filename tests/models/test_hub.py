@@ -46,9 +46,9 @@ hub = importlib.util.module_from_spec(spec)
 sys.modules["hub"] = hub
 spec.loader.exec_module(hub)
 answers = []
-for name in sys.argv[2:]:
+for name in sys.argv[3:]:
     try:
-        model = hub.resolve_model(name)
+        model = hub.resolve_model(name, weights=sys.argv[2] == "weights")
     except hub.VltrainError as error:
         answers.append({"error": str(error)})
     else:
@@ -84,7 +84,9 @@ def hub():
     standing_in.stop()
 
 
-def ask(cache: Path, address: str, *names: str, offline: bool = False) -> list[dict]:
+def ask(
+    cache: Path, address: str, *names: str, offline: bool = False, weights: bool = True
+) -> list[dict]:
     """What `resolve_model` says to each name in a fresh process."""
     environment = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT") if key in os.environ}
     environment |= {
@@ -96,7 +98,14 @@ def ask(cache: Path, address: str, *names: str, offline: bool = False) -> list[d
         "NO_PROXY": "127.0.0.1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", ASK, vltrain.models.hub.__file__, *names],
+        [
+            sys.executable,
+            "-c",
+            ASK,
+            vltrain.models.hub.__file__,
+            "weights" if weights else "",
+            *names,
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -117,6 +126,15 @@ def test_a_name_brings_down_weights_and_descriptions_but_no_code(hub, tmp_path):
         "files": sorted([*DESCRIPTION, *SAFETENSORS]),
     }
     assert hub.asked_files() == {*DESCRIPTION, *SAFETENSORS, "model.safetensors"}
+
+
+def test_what_reads_data_brings_down_no_weights_and_what_trains_adds_them(hub, tmp_path):
+    (described,) = ask(tmp_path, hub.address, "org/model", weights=False)
+    assert described["files"] == sorted(DESCRIPTION)
+    assert hub.asked_files() == set(DESCRIPTION)
+
+    (whole,) = ask(tmp_path, hub.address, f"org/model@{described['revision']}")
+    assert whole["files"] == sorted([*DESCRIPTION, "model.safetensors"])
 
 
 def test_bin_shards_come_down_where_there_are_no_safetensors(hub, tmp_path):
@@ -176,7 +194,7 @@ def test_names_that_the_hub_does_not_give_are_explained(hub, tmp_path):
     assert "no such folder, and no such model on the hub" in unknown["error"]
     assert "org/model@v9: the model has no revision v9" in revision["error"]
     assert f"accept them at {hub.address}/org/gated" in gated["error"]
-    assert "there are no weights" in empty["error"]
+    assert "no weights of it are there" in empty["error"]
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):

@@ -117,6 +117,11 @@ def test_ids_or_embeddings_are_given_not_both(model):
         model(input_ids=torch.tensor([[1]]), inputs_embeds=torch.zeros(1, 1, 128))
 
 
+def test_pictures_beside_embeddings_are_refused(model):
+    with pytest.raises(ValueError, match="places in input_ids"):
+        model(inputs_embeds=torch.zeros(1, 1, 128), pixel_values=pixels(1))
+
+
 # --- training ---
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny import IMAGE_START_ID, write_qwen_vl
 
 from vltrain.errors import VltrainError
@@ -167,9 +168,9 @@ def cut_off_after(answers: int, whole: Path, task: dict[str, Any], draft: Path) 
 def task_of_a_killed_run(
     data: Path, model: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """What the first line of a draft says, from a run that broke off before any answer."""
+    """What the first line of a draft says, from a run that broke off before its end."""
     with monkeypatch.context() as patch:
-        patch.setattr("vltrain.workflows.chat.os.replace", _killed)
+        patch.setattr("vltrain.workflows.chat.write_without_first_line", _killed)
         with pytest.raises(KeyboardInterrupt):
             answer_file(
                 str(model), data, data.parent / "a.jsonl", max_new_tokens=3, console=console
@@ -281,3 +282,18 @@ def test_a_file_without_assistant_turns_has_nothing_to_answer(tmp_path: Path, co
 
     with pytest.raises(VltrainError, match="nothing"):
         read_questions(data, None, console)
+
+
+def test_ids_that_the_model_lacks_are_refused_by_record(data: Path, model: Path, console: Console):
+    config = json.loads((model / "config.json").read_text())
+    smaller = data.parent / "smaller"
+    write_qwen_vl(smaller)
+    config["vocab_size"] = 300  # <img> and its kin lie above
+    (smaller / "config.json").write_text(json.dumps(config))
+    tensors = load_file(smaller / "model.safetensors")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:300].contiguous()
+    save_file(tensors, smaller / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(VltrainError, match=r"questions.json#\d+: has the id 47\d"):
+        answer_file(str(smaller), data, data.parent / "a.jsonl", console=console)

@@ -23,9 +23,10 @@ from vltrain.config import Recipe, load_recipe, recipe_to_yaml
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
 from vltrain.models.fingerprint import weights_hash
+from vltrain.training.arguments import training_arguments
 from vltrain.training.run_dir import RunDir
 from vltrain.workflows.merge import merge
-from vltrain.workflows.train import train, training_arguments
+from vltrain.workflows.train import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -35,6 +36,12 @@ QUICK = (
     "trainer.gradient_accumulation_steps=2",
     "trainer.learning_rate=1e-2",
     "trainer.report_to=none",
+)
+
+PACKED = (
+    "data.packing=true",
+    "data.max_length=270",  # two of the four samples to a row, so an epoch has two rows
+    "trainer.gradient_accumulation_steps=1",
 )
 
 
@@ -203,6 +210,31 @@ def test_frozen_weights_of_a_float32_base_survive_a_run_in_bfloat16(base, data, 
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
+def test_packed_rows_are_learned_from_and_nothing_of_them_is_padding(base, data, tmp_path):
+    settings = ("trainer.max_steps=12", "lora.embeddings=true")
+
+    shown = run(quick(base, data, tmp_path / "run", *PACKED, *settings))
+
+    assert "packed into 2 rows of up to 270 tokens, 89.3% full" in shown  # 482 of 540
+    assert "12 steps of 1 rows" in shown
+    losses = [loss for _, loss in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 1
+    assert {share for _, share in metrics(tmp_path / "run", "padding_share")} == {0.0}
+    learned = [count for _, count in metrics(tmp_path / "run", "learned_tokens")]
+    assert [sum(learned[at : at + 2]) for at in range(0, 12, 2)] == [108] * 6  # each epoch, all
+
+
+def test_a_packed_run_measures_the_eval_loss_of_one_that_is_not(base, data, tmp_path):
+    held_out = write_texts(tmp_path / "held_out.json", "a", "b" * 40)
+    settings = (f"data.eval_files={held_out}", "trainer.learning_rate=0.0", "trainer.max_steps=2")
+
+    run(quick(base, data, tmp_path / "packed", *settings, *PACKED))
+    run(quick(base, data, tmp_path / "padded", *settings))
+
+    packed, padded = (metrics(tmp_path / name, "eval_loss") for name in ("packed", "padded"))
+    assert packed[-1][1] == pytest.approx(padded[-1][1], rel=1e-5)
+
+
 # --- a run that was cut off ---
 
 
@@ -210,11 +242,17 @@ class CutOff(BaseException):
     """What ends a run in the middle of it."""
 
 
-@pytest.mark.parametrize(("method", "sampling"), [("lora", "random"), ("full", "group_by_length")])
+@pytest.mark.parametrize(
+    ("method", "settings", "checkpoint"),
+    [
+        ("lora", ("trainer.save_steps=2",), 4),
+        ("full", ("trainer.save_steps=2", "trainer.train_sampling_strategy=group_by_length"), 4),
+        ("lora", ("trainer.save_steps=3", *PACKED), 3),  # in the middle of an epoch
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
-    base, data, tmp_path, monkeypatch, method, sampling
+    base, data, tmp_path, monkeypatch, method, settings, checkpoint
 ):
-    settings = ("trainer.save_steps=2", f"trainer.train_sampling_strategy={sampling}")
     run(quick(base, data, tmp_path / "whole", *settings, method=method))
     write = RunDir.append_metrics
 
@@ -232,7 +270,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
 
     shown = run(recipe)
 
-    assert f"resuming from {tmp_path}/cut/checkpoint-4" in shown
+    assert f"resuming from {tmp_path}/cut/checkpoint-{checkpoint}" in shown
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert metrics(tmp_path / "cut", "learned_tokens") == metrics(
         tmp_path / "whole", "learned_tokens"

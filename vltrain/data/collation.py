@@ -1,10 +1,12 @@
-"""Samples -> one batch of tensors, padded on the right to the longest of them.
+"""Samples -> one batch of tensors, padded on the right or packed one after the other.
 
-B samples, L tokens of the longest, N pictures of all samples in order, S pixels a side.
+B samples, L tokens of the longest, T tokens of all, N pictures of all samples in order, S pixels
+a side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -28,18 +30,56 @@ class Collator:
             the ids: a pad token that somebody's text holds stays visible.
         """
         longest = max(len(sample["input_ids"]) for sample in samples)
-        batch = {
+        return {
             "input_ids": _padded([sample["input_ids"] for sample in samples], longest, self.pad_id),
             "attention_mask": _padded([[1] * len(s["input_ids"]) for s in samples], longest, 0),
             "labels": _padded([sample["labels"] for sample in samples], longest, IGNORE_INDEX),
+            **_pixels(samples),
         }
-        pixels = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
-        return batch
+
+
+def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Tensor | int]:
+    """Lay the samples of all rows of a PackedDataset one after the other, without padding.
+
+    The names of the boundaries are those that transformers gives them, so that they reach the
+    attention of any of its models.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids`, int64 [1, T]; positions count from 0 in each
+        sample. The first label of each sample is hidden: the token before it is another
+        sample's. `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [B + 1]: where each sample begins,
+        and T. `max_length_q` and `max_length_k`: int, tokens of the longest. `pixel_values`,
+        float [N, 3, S, S], only where a sample has a picture. No `attention_mask`: there is
+        nothing to hide, and transformers reads the boundaries from the positions only where
+        none is given.
+    """
+    samples = list(chain.from_iterable(rows))
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return {
+        "input_ids": _joined(sample["input_ids"] for sample in samples),
+        "labels": _joined([IGNORE_INDEX, *sample["labels"][1:]] for sample in samples),
+        "position_ids": _joined(range(length) for length in lengths),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        **_pixels(samples),
+    }
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, filler: int) -> Tensor:
     """Rows of different lengths as int64 [B, L]."""
     filled = [[*row, *[filler] * (length - len(row))] for row in rows]
     return torch.tensor(filled, dtype=torch.long)
+
+
+def _joined(parts: Iterable[Iterable[int]]) -> Tensor:
+    """Parts one after the other as int64 [1, T]."""
+    return torch.tensor([list(chain.from_iterable(parts))], dtype=torch.long)
+
+
+def _pixels(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The pictures of all samples in order, where there is any."""
+    pixels = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
+    return {"pixel_values": torch.cat(pixels)} if pixels else {}

@@ -186,6 +186,15 @@ def _ends_well(path: Path, format: str | None) -> bool:
         return mark in file.read(tail_bytes)
 
 
+def header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels as the file's header has them; None where it is no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except _DECODE_ERRORS:
+        return None
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if not image.mode.startswith(_DEEP_GREY):
         return image.convert("RGB")

@@ -64,7 +64,7 @@ def find_base(adapter: Path, base: str | None = None) -> ResolvedModel:
             str(found.path),
             what=f"its weights are not those that {adapter} was trained on "
             f"({found_hash[:19]}… is not {origin.hash[:19]}…)",
-            fix=f"name the right base with --base; it was {origin.name}",
+            fix=f"give `vltrain merge` the right --base; it was {origin.name}",
         )
     return found
 
@@ -78,7 +78,7 @@ def _whereabouts(origin: Origin, adapter: Path) -> str:
     raise VltrainError.at(
         str(adapter),
         what=f"its base is not in {origin.path} any more",
-        fix="say with --base where it is now",
+        fix="tell `vltrain merge` with --base where it is now, and use what it writes",
     )
 
 

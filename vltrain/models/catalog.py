@@ -66,6 +66,12 @@ def family_of(folder: Path) -> Family:
     Raises:
         VltrainError: no config, or one of a model that vltrain does not train.
     """
+    if is_adapter(folder):
+        raise VltrainError.at(
+            str(folder),
+            what="is an adapter, and a whole model is needed",
+            fix="name its base, or merge the two: vltrain merge",
+        )
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     for family in FAMILIES:

@@ -48,7 +48,7 @@ class ResolvedModel:
     name: str  # as the user wrote it
 
 
-def resolve_model(name: str) -> ResolvedModel:
+def resolve_model(name: str, *, weights: bool = True) -> ResolvedModel:
     """The folder of a model, downloaded first if it is a name on the hub.
 
     From the hub come the files that a loader reads: safetensors, or the `.bin` shards where
@@ -56,6 +56,7 @@ def resolve_model(name: str) -> ResolvedModel:
 
     Args:
         name: a folder, or `org/name` with an optional `@revision` (branch, tag or commit).
+        weights: whether they come down too; a processor does without.
 
     Raises:
         VltrainError: no such folder and no such name; or it is not cached and the hub cannot
@@ -71,16 +72,26 @@ def resolve_model(name: str) -> ResolvedModel:
             what="there is no such folder",
             fix="name the folder of a model, or a model on the hub as org/name",
         )
-    snapshot = _download(match["repo"], match["revision"])
+    snapshot = _download(match["repo"], match["revision"], weights=weights)
     return ResolvedModel(path=snapshot, revision=snapshot.name, name=name)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def fetch_weights(model: ResolvedModel) -> None:
+    """Bring down the weights of a model that was resolved without them, of the same commit.
+
+    Raises:
+        VltrainError: as `resolve_model`.
+    """
+    if model.revision is not None:
+        resolve_model(f"{model.name.partition('@')[0]}@{model.revision}")
+
+
+def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
     """The folder of a snapshot in the hub's cache; its name is the commit hash."""
     url = f"{constants.ENDPOINT}/{repo}"
     shown = f"{repo}@{revision}" if revision else repo
     try:
-        return _snapshot(repo, revision)
+        return _snapshot(repo, revision, weights=weights)
     except GatedRepoError as error:
         what = "this model is only given to those who accept its terms"
         fix = f"accept them at {url}, then run `hf auth login`"
@@ -105,7 +116,7 @@ def _download(repo: str, revision: str | None) -> Path:
         raise VltrainError.at(shown, what=what, fix=fix) from error
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
+def _snapshot(repo: str, revision: str | None, *, weights: bool) -> Path:
     """Fetch the needed files of one revision, or find them in the cache."""
 
     def fetch(*files: str) -> Path:
@@ -117,11 +128,13 @@ def _snapshot(repo: str, revision: str | None) -> Path:
         except (OfflineModeIsEnabled, HTTPError):  # some versions ask it even for a cached commit
             return Path(snapshot_download(repo, revision=revision, local_files_only=True, **chosen))
 
+    if not weights:
+        return fetch(*DESCRIPTION_FILES)
     folder = fetch(*DESCRIPTION_FILES, *SAFETENSORS_FILES)
     if not any(folder.glob(SAFETENSORS_FILES[0])):
         folder = fetch(*DESCRIPTION_FILES, *BIN_FILES)
         if not any(folder.glob(BIN_FILES[0])):
-            what = "it has neither safetensors nor pytorch_model*.bin, so there are no weights"
+            what = "no weights of it are there, neither safetensors nor pytorch_model*.bin"
             raise VltrainError.at(repo, what=what, fix=_by_hand(repo, revision))
     return folder
 

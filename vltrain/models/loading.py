@@ -75,7 +75,7 @@ def load_processor(path: str | Path) -> Any:
     Raises:
         VltrainError: the vocabulary or the config is missing or broken.
     """
-    folder = resolve_model(str(path)).path
+    folder = resolve_model(str(path), weights=False).path
     return family_of(folder).read_processor(folder)
 
 

@@ -1,7 +1,7 @@
 """The loop: `transformers.Trainer`, counting what a step really learns from."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from vltrain.data.encoding import IGNORE_INDEX
+from vltrain.data.packing import PackedDataset, Row
 
 
 @dataclass
@@ -25,9 +26,12 @@ class TokenCounts:
     learned: int | Tensor = 0
     places: int = 0  # real tokens and padding
 
-    def add(self, attention_mask: Tensor, labels: Tensor) -> None:
-        """Count one batch: int64 [B, L] each. Nothing predicts a row's first token."""
-        self.real = self.real + attention_mask.sum()
+    def add(self, attention_mask: Tensor | None, labels: Tensor) -> None:
+        """Count one batch: int64 [B, L] each. Nothing predicts a row's first token.
+
+        Without a mask, as in packed batches, no place is padding.
+        """
+        self.real = self.real + (labels.numel() if attention_mask is None else attention_mask.sum())
         self.learned = self.learned + (labels[:, 1:] != IGNORE_INDEX).sum()
         self.places += labels.numel()
 
@@ -63,11 +67,36 @@ class LengthGroups(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+class RowOrder(Sampler[Row]):
+    """The rows of a packed data set, packed and shuffled anew for each epoch.
+
+    Every process computes all of it from seed and epoch, so a run that resumes goes on with it.
+    """
+
+    def __init__(self, dataset: PackedDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.dataset.rows(seed=self.seed, epoch=self.epoch))
+
+
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` whose logs tell tokens a second, learned tokens and padding."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, eval_collator: Callable[..., dict[str, Any]] | None = None, **kwargs: Any
+    ) -> None:
+        """As `transformers.Trainer`; `eval_collator` makes the batches of evaluation where they
+        are not made as those of training are."""
         super().__init__(*args, **kwargs)
+        self._eval_collator = eval_collator or self.data_collator
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
 
@@ -77,17 +106,27 @@ class Trainer(transformers.Trainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        self._counts.add(inputs["attention_mask"], inputs["labels"])
+        self._counts.add(inputs.get("attention_mask"), inputs["labels"])
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(dataset, PackedDataset):
+            return RowOrder(dataset, seed)
         grouped = self.args.train_sampling_strategy == "group_by_length"
         if not grouped or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroups(dataset.lengths, step, seed)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        of_training = self.data_collator
+        self.data_collator = self._eval_collator  # the loader takes the collator of this moment
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = of_training
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._counts.places:

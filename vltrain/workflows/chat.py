@@ -33,6 +33,9 @@ from vltrain.models.loading import dtype_for_machine, load_model, load_processor
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
 
+SURROGATES = "backslashreplace"
+"""Half of a surrogate pair, which JSON can hold and UTF-8 cannot, goes back to its escape."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -98,14 +101,13 @@ def answer_file(
         console.print(f"going on behind {len(kept)} answers of {draft}", soft_wrap=True)
     network, processor = load_for_answers(folder)
     prompts = [prompt_of(q, processor, image_root) for q in questions[len(kept) :]]
+    refuse_foreign_ids(prompts, questions[len(kept) :], network, folder)
     answers = answer_batches(
         network, processor, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
     )
-    # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, goes back to its escape.
-    opened = draft.open("w", encoding="utf-8", errors="backslashreplace")
+    begin_draft(draft, task, kept)
+    opened = draft.open("a", encoding="utf-8", errors=SURROGATES)
     with opened as file, _progress(console) as bar:
-        for row in ({"task": task}, *kept):
-            file.write(_line(row))
         shown = bar.add_task("answering", total=len(questions), completed=len(kept))
         for question, answer in zip(questions[len(kept) :], answers, strict=True):
             file.write(_line(question.answered(answer)))
@@ -226,6 +228,32 @@ def kept_answers(
     asked = [(question.record.index, question.turn) for question in questions]
     assert [(row["record"], row["turn"]) for row in answers] == asked[: len(answers)]
     return answers
+
+
+def begin_draft(draft: Path, task: dict[str, Any], kept: Sequence[dict[str, Any]]) -> None:
+    """Write the draft's first line and what is kept, beside and renamed: no answer is lost."""
+    whole = draft.with_name(f"{draft.name}.whole")
+    text = "".join(_line(row) for row in ({"task": task}, *kept))
+    whole.write_text(text, encoding="utf-8", errors=SURROGATES)
+    os.replace(whole, draft)
+
+
+def refuse_foreign_ids(
+    prompts: Sequence[Prompt],
+    questions: Sequence[Question],
+    network: PreTrainedModel,
+    folder: Path,
+) -> None:
+    """Raise VltrainError where a prompt has an id that the embedding matrix has no row for."""
+    rows = network.get_input_embeddings().weight.size(0)
+    for prompt, question in zip(prompts, questions, strict=True):
+        if max(prompt.input_ids) >= rows:
+            raise VltrainError.at(
+                question.record.name,
+                what=f"has the id {max(prompt.input_ids)}, and the model of {folder} knows "
+                f"those below {rows} only",
+                fix="use the vocabulary that belongs to these weights",
+            )
 
 
 def write_without_first_line(draft: Path, output: Path) -> None:

@@ -143,7 +143,6 @@ def _count(number: int, what: str) -> str:
 
 
 def _processor(model: str) -> Processor:
-    from vltrain.models.hub import resolve_model
     from vltrain.models.loading import load_processor
 
-    return load_processor(resolve_model(model).path)
+    return load_processor(model)

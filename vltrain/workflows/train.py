@@ -1,28 +1,22 @@
 """Recipe -> run directory: the one path for every method."""
 
-import json
-import math
-import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import torch
-from annotated_types import Ge
 from peft import PeftModel
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
-from vltrain.config import DataConfig, Recipe, unknown_key
+from vltrain.config import DataConfig, Recipe
 from vltrain.data.checks import check_files
-from vltrain.data.collation import Collator
+from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import Record, SampleDataset, read_records, split_records
+from vltrain.data.packing import PackedDataset
 from vltrain.errors import VltrainError
 from vltrain.models.adapters import (
     Adapter,
@@ -32,25 +26,20 @@ from vltrain.models.adapters import (
     refuse_impossible,
     set_learned,
 )
+from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import family_of, is_chat_tuned, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
-from vltrain.models.hub import ResolvedModel, resolve_model
+from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
 from vltrain.models.loading import DTYPES, checkpoint_dtype, dtype_for_machine, load_model
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
+from vltrain.training.arguments import step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.plot import plot_loss
 from vltrain.training.run_dir import RunDir, checkpoint_step, environment
-from vltrain.training.trainer import Trainer, compute_precision
+from vltrain.training.trainer import Trainer
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
-
-COUNTS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-)
-"""`trainer:` keys of which a step needs at least one."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,8 @@ class Halves:
     """What is learned from and, where a recipe asks for it, what is evaluated on."""
 
     train: SampleDataset
-    evaluation: SampleDataset | None
+    evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
+    rows: PackedDataset | None = None  # the samples of `train`, where the recipe packs them
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -95,6 +85,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
     halves = read_data(console, recipe.data, base, seed=arguments.seed)
+    fetch_weights(base.source)
     model = prepare_model(recipe, base, seed=arguments.seed)
     hash_of_base = weights_hash(base.folder)
     run.begin(
@@ -114,96 +105,9 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}", soft_wrap=True)
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The `trainer:` section as `TrainingArguments`, with what the recipe's other parts imply.
-
-    Raises:
-        VltrainError: a key or a value that `TrainingArguments` does not take.
-    """
-    known = [f.name for f in fields(TrainingArguments) if f.init]
-    for key in recipe.trainer:
-        if key not in known:
-            raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
-    _refuse_wrong_types(recipe.trainer)
-    _refuse_fp16_without_gpu(recipe.dtype)
-    _refuse_several_processes()
-    implied = {
-        "use_cpu": not torch.cuda.is_available(),
-        **compute_precision(DTYPES[dtype_for_machine(recipe.dtype)]),
-        "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "eval_strategy": "no",
-    }
-    settings = implied | _current_names(recipe.trainer, known)
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(recipe.output), remove_unused_columns=False, **settings
-        )
-        get_reporting_integration_callbacks(arguments.report_to)  # refuses an unknown one
-    except (TypeError, ValueError) as error:
-        raise VltrainError.at(
-            "trainer", what=str(error), fix="see TrainingArguments in transformers' documentation"
-        ) from error
-    # More cards would make it nn.DataParallel, which parts samples from their pictures.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def _refuse_wrong_types(settings: dict[str, Any]) -> None:
-    """Raise VltrainError for values that are not of their key's type, or count nothing.
-
-    `TrainingArguments` takes a learning rate of "1e-4", a text, and fails after the model is
-    loaded.
-    """
-    hints = get_type_hints(TrainingArguments) | dict.fromkeys(COUNTS, Annotated[int, Ge(1)])
-    problems = []
-    for key, value in settings.items():
-        try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
-        except ValidationError as error:
-            wanted = dict.fromkeys(finding["msg"] for finding in error.errors())
-            problems.append(
-                VltrainError.at(
-                    "the recipe",
-                    what=f"`trainer.{key}` is {json.dumps(value, default=str)}",
-                    fix="it " + ", or ".join(m.removeprefix("Input ") for m in wanted),
-                )
-            )
-    if problems:
-        raise VltrainError("\n".join(str(problem) for problem in problems))
-
-
-def _refuse_fp16_without_gpu(dtype: str) -> None:
-    if dtype == "fp16" and not torch.cuda.is_available():
-        raise VltrainError.at(
-            "dtype", what="fp16 trains on a GPU only, and there is none", fix="use bf16 or fp32"
-        )
-
-
-def _refuse_several_processes() -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and "LOCAL_RANK" in os.environ:  # as torchrun sets them
-        raise VltrainError.at(
-            "torchrun",
-            what=f"{processes} processes were started, and a run is one",
-            fix="start the command by itself",
-        )
-
-
-def _current_names(settings: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """Gradient checkpointing under the name that the installed transformers does not warn of."""
-    if "activation_checkpointing" not in known:
-        return settings
-    return {
-        key.replace("gradient_checkpointing", "activation_checkpointing"): value
-        for key, value in settings.items()
-    }
-
-
 def read_base(model: str) -> Base:
-    """Find the base's folder, its family and its processor; no weight is read."""
-    source = resolve_model(model)
+    """Find the base's folder, its family and its processor; no weight is fetched or read."""
+    source = resolve_model(model, weights=False)
     family = family_of(source.path)
     config = family.read_config(read_json(source.path / "config.json"))
     processor = family.read_processor(source.path)
@@ -232,9 +136,11 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
     records = [record for file in data.files for record in read_records(file)]
     records, held_out = split_records(records, data.eval_share, seed)
     held_out += [record for file in data.eval_files for record in read_records(file)]
+    samples = _samples(records, data, base)
     return Halves(
-        train=_samples(records, data, base),
+        train=samples,
         evaluation=_samples(held_out, data, base) if held_out else None,
+        rows=PackedDataset(samples, data.max_length) if data.packing else None,
     )
 
 
@@ -277,6 +183,8 @@ def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel |
         refuse_impossible(freeze)  # before the minutes that loading may take
     model = load_model(base.folder, dtype=dtype_for_machine(recipe.dtype))
     model.config.use_cache = False
+    if recipe.data.packing:
+        attend_packed(model)
     if recipe.method == "full":
         return set_learned(model, base.family, freeze)
     embeddings = recipe.lora.embeddings
@@ -322,20 +230,18 @@ def show_plan(
     )
     if halves.evaluation is not None:
         console.print(f"{len(halves.evaluation):,} samples to evaluate on")
+    rows = halves.rows
+    if rows is not None:
+        console.print(
+            f"packed into {len(rows):,} rows of up to {rows.row_tokens:,} tokens, "
+            f"{rows.fill:.1%} full",
+            soft_wrap=True,
+        )
+    units, noun = (len(samples), "samples") if rows is None else (len(rows), "rows")
     console.print(
-        f"{step_count(arguments, len(samples)):,} steps of {step:,} samples, "
+        f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"
     )
-
-
-def step_count(arguments: TrainingArguments, samples: int) -> int:
-    """Optimizer steps of the whole run."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = samples / arguments.per_device_train_batch_size
-    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
 def fit(
@@ -352,12 +258,14 @@ def fit(
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
     progress = ProgressBar(console)
+    collator = Collator(base.processor.pad_id)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=halves.train,
+        train_dataset=halves.train if halves.rows is None else halves.rows,
         eval_dataset=halves.evaluation,
-        data_collator=Collator(base.processor.pad_id),
+        data_collator=collator if halves.rows is None else collate_rows,
+        eval_collator=collator,
         callbacks=[MetricsLog(run.append_metrics), progress],
     )
     trainer.remove_callback(PrinterCallback)

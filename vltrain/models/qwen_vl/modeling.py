@@ -36,9 +36,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float [..., D] -> float [..., D]."""
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        ) * self.weight
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normal.to(x.dtype) * self.weight
 
 
 def plain_attention(
@@ -142,14 +141,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """float [B, L, D] -> float [B, L, D]."""
-        attended = self.attn(
-            self.ln_1(hidden_states),
-            attention_mask,
-            rotary,
-            query_scale,
-            past_key_values,
-            **kwargs,
-        )
+        normal = self.ln_1(hidden_states)
+        attended = self.attn(normal, attention_mask, rotary, query_scale, past_key_values, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
@@ -262,11 +255,13 @@ class QwenVLModel(QwenVLPreTrainedModel):
             position_ids: int64 [B, L], counted from 0; default: the place in the row.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, or pictures and
-                their places differ in number.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, pictures beside the
+                latter, or pictures and their places differ in number.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("pictures have their places in input_ids, not in inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values)
         if use_cache is None:

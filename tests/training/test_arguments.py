@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from vltrain.config import Recipe, load_recipe
 from vltrain.errors import VltrainError
-from vltrain.workflows.train import training_arguments
+from vltrain.training.arguments import training_arguments
 
 
 @pytest.fixture
