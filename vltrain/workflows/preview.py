@@ -25,7 +25,6 @@ from vltrain.data.images import open_image, resolve_image
 from vltrain.data.pieces import Piece, pieces_of
 from vltrain.data.statistics import collect, summarise
 from vltrain.errors import VltrainError
-from vltrain.models.hub import resolve_model
 from vltrain.models.loading import load_processor
 from vltrain.workflows.preview_page import PICTURE_SIDE, PageHead, PictureView, SampleView, page
 
@@ -77,7 +76,7 @@ def preview(
             the files hold no record.
     """
     _refuse_place(output, files)
-    processor = load_processor(resolve_model(model).path)
+    processor = load_processor(model)
     report = check_files(files, processor=processor, image_root=image_root, max_length=max_length)
     if not report.records:
         raise VltrainError.at(

@@ -11,7 +11,6 @@ from rich.text import Text
 from vltrain.config import DataConfig
 from vltrain.data.statistics import Pictures, Spread, Summary, collect, summarise
 from vltrain.errors import VltrainError
-from vltrain.models.hub import resolve_model
 from vltrain.models.loading import load_processor
 
 _BAR = 40  # characters of the longest bar
@@ -38,7 +37,7 @@ def stats(
     Raises:
         VltrainError: no record of the files can be read.
     """
-    processor = load_processor(resolve_model(model).path)
+    processor = load_processor(model)
     collected = collect(files, processor, image_root=image_root)
     if not collected.lengths:
         raise VltrainError.at(
