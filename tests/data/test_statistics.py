@@ -135,3 +135,17 @@ def test_samples_over_each_limit_are_counted():
         4096: 0,
         8192: 0,
     }
+
+
+def test_boxes_in_pixels_are_counted_by_the_size_of_their_picture(tmp_path: Path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    swift = {
+        "query": "<image>Where?",
+        "response": "<bbox>",
+        "images": ["a.png"],
+        "objects": {"bbox": [[20, 10, 100, 50]], "bbox_type": "real"},
+    }
+
+    collected = collect([written(tmp_path, swift)], LetterProcessor())
+
+    assert (collected.refused, collected.box_counts) == (0, [1])

@@ -7,7 +7,6 @@ its length (`encoding`). A new check is a function that gives faults, called in 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from vltrain.data.encoding import (
 from vltrain.data.faults import Fault
 from vltrain.data.formats import Format, read_conversation, record_id
 from vltrain.data.grounding import read_boxes
-from vltrain.data.images import TURNED_PICTURE, image_size, locate_image, picture_faults
+from vltrain.data.images import TURNED_PICTURE, locate_image, picture_faults
 from vltrain.data.markup import BOX_TAG, token_faults
 from vltrain.data.parallel import map_chunks
 
@@ -106,9 +105,8 @@ class Checker:
         )
 
     def _record_faults(self, record: Record) -> Iterator[Fault]:
-        measure = partial(image_size, data_file=record.file, image_root=self.image_root)
         conversation, faults = read_conversation(
-            record.value, format=self.format, image_size=measure
+            record.value, format=self.format, image_size=record.image_size(self.image_root)
         )
         yield from faults
         has_boxes = any(BOX_TAG.search(turn.text) for turn in conversation.turns)

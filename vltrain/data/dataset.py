@@ -18,6 +18,7 @@ from vltrain.data.faults import Fault, error_of
 from vltrain.data.formats import Format
 from vltrain.data.images import image_size, open_image, resolve_image
 from vltrain.data.json_list import NotJsonError, list_elements
+from vltrain.data.swift import ImageSize
 from vltrain.errors import VltrainError
 
 TooLong = Literal["error", "drop"]
@@ -36,6 +37,10 @@ class Record:
     def name(self) -> str:
         """What errors call it."""
         return f"{self.file.name}#{self.index}"
+
+    def image_size(self, image_root: Path | None) -> ImageSize:
+        """What measures the record's pictures, for boxes that are written in pixels."""
+        return partial(image_size, data_file=self.file, image_root=image_root)
 
 
 @dataclass(frozen=True)
@@ -203,14 +208,13 @@ class SampleDataset:
         return item
 
     def _encode(self, record: Record) -> Sample:
-        measure = partial(image_size, data_file=record.file, image_root=self.image_root)
         return encode(
             record.value,
             self.processor,
             self.labels,
             where=record.name,
             format=self.format,
-            image_size=measure,
+            image_size=record.image_size(self.image_root),
         )
 
     def _open(self, source: str, record: Record) -> Any:

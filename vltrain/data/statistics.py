@@ -113,7 +113,9 @@ def collect(
                 continue
             collected.records += 1
             try:
-                conversation = conversation_from_record(entry.value, where=entry.name)
+                conversation = conversation_from_record(
+                    entry.value, where=entry.name, image_size=entry.image_size(image_root)
+                )
             except VltrainError:
                 collected.refused += 1
                 continue

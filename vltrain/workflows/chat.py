@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from vltrain.data.conversation import ImagePart, Turn
 from vltrain.data.dataset import Record, read_records
 from vltrain.data.encoding import Processor, prompt_ids
 from vltrain.data.formats import conversation_from_record, read_turns
-from vltrain.data.images import image_size, open_image, resolve_image
+from vltrain.data.images import open_image, resolve_image
 from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Prompt, answer_batches
 from vltrain.models.catalog import is_adapter
@@ -145,7 +144,7 @@ def read_questions(file: Path, image_root: Path | None, console: Console) -> lis
 
 def _questions_of(record: Record, image_root: Path | None) -> list[Question]:
     """The assistant turns of one record, the first of all included."""
-    measure = partial(image_size, data_file=record.file, image_root=image_root)
+    measure = record.image_size(image_root)
     conversation = conversation_from_record(
         record.value, lenient=True, where=record.name, image_size=measure
     )

@@ -154,7 +154,9 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
         return view
     view = replace(view, id=record_id(entry.value))
     try:
-        conversation = conversation_from_record(entry.value, where=entry.name)
+        conversation = conversation_from_record(
+            entry.value, where=entry.name, image_size=entry.image_size(context.image_root)
+        )
     except VltrainError:
         raw = json.dumps(entry.value, ensure_ascii=False, indent=2)
         return replace(view, raw=raw[:_RAW_CHARACTERS])
