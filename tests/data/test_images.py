@@ -88,7 +88,7 @@ def test_the_same_place_is_named_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert image_candidates("a.png", data_file=Path("train.json"), image_root=Path(".")) == [
-        tmp_path / "a.png"
+        str(tmp_path / "a.png")
     ]
 
 

@@ -6,13 +6,13 @@ may keep it from becoming training data: it is left out and counted.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from vltrain.data.faults import Fault
 from vltrain.data.grounding import GRID, Box, PixelBox, clip_to_picture, grid_box
+from vltrain.data.markup import PICTURE_TAG
 from vltrain.errors import VltrainError
 
 BoxForm = Literal["xywh", "xyxy", "normalised"]
@@ -28,7 +28,6 @@ _LARGEST = 1e9  # no picture has more pixels on a side, no box lies further off
 _NOTABLE_EXCESS = 0.5 / GRID  # of the picture's side; less is lost in rounding
 _MISFIT_EXCESS = 0.02  # of the picture's side; annotators' hands do not slip so far
 _MISREAD_BOXES = 8  # fewer prove nothing about the form they are written in
-_PICTURE_TAG = re.compile(r"</?img>")
 
 
 class Pictures(Protocol):
@@ -122,7 +121,7 @@ def is_source(source: str) -> bool:
 
 def holds_picture_tag(text: str) -> bool:
     """Does a text hold `<img>` or `</img>`, which would bring a picture of its own?"""
-    return bool(_PICTURE_TAG.search(text))
+    return bool(PICTURE_TAG.search(text))
 
 
 def numbers_of(value: Any, count: int) -> tuple[float, ...] | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vltrain.data.faults import Fault, error_of
+from vltrain.data.markup import TAG
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ _MARKUP = re.compile(
     f"<ref>(?P<ref>{_NO_TAG})</ref>|<(?P<shape>box|quad)>(?P<inside>{_NO_TAG})</(?P=shape)>",
     re.DOTALL,
 )
-_TAG = re.compile(r"</?(?:img|ref|box|quad)>")
 _BOX_FIX = "write <box>(x1,y1),(x2,y2)</box>, whole numbers from 0 to 999"
 _QUAD_FIX = "write <quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>, whole numbers from 0 to 999"
 _COLOURS = ("#e6194b", "#0a7d32", "#1f55d6", "#b35c00", "#7d1fb0", "#00707a")
@@ -175,7 +175,7 @@ def write_regions(regions: Iterable[Region]) -> str:
 def ref_fault(ref: str) -> Fault | None:
     """Why a text cannot stand in `<ref>`; None where it can."""
     fix = "name what the box holds in plain words"
-    tag = _TAG.search(ref)
+    tag = TAG.search(ref)
     if tag:
         return Fault("bad_ref", f"the ref {ref!r} holds {tag[0]}", fix)
     if not ref or ref != ref.strip():

@@ -65,7 +65,7 @@ def locate_image(
     scheme = _SCHEME.match(source)
     if scheme:
         return _scheme_fault(source, (scheme[1] or scheme[2]).lower())
-    candidates = _candidates(source, data_file, image_root)
+    candidates = image_candidates(source, data_file=data_file, image_root=image_root)
     for candidate in candidates:
         if os.path.isfile(candidate):  # unlike Path.is_file, false for any impossible name
             return Path(candidate)
@@ -80,28 +80,18 @@ def image_size(
 ) -> tuple[int, int] | Fault:
     """Width and height in pixels, from the picture's header alone, or why they are not known."""
     found = locate_image(source, data_file=data_file, image_root=image_root)
-    if isinstance(found, Fault):
-        return found
-    try:
-        with Image.open(found) as image:
-            return image.size
-    except _DECODE_ERRORS as error:
-        return _broken(found, error)
+    return found if isinstance(found, Fault) else _size_or_fault(found)
 
 
 def image_candidates(
     source: str, *, data_file: Path | None = None, image_root: Path | None = None
-) -> list[Path]:
+) -> list[str]:
     """Where a picture may lie, in the order of looking.
 
     Under `image_root`, beside the data file, in the working directory (where the original
-    looks). An absolute path is looked for where it says.
+    looks). An absolute path is looked for where it says. Texts, not paths: a check asks for a
+    million of them, and paths take long to make.
     """
-    return [Path(candidate) for candidate in _candidates(source, data_file, image_root)]
-
-
-def _candidates(source: str, data_file: Path | None, image_root: Path | None) -> list[str]:
-    """The same as texts: a check asks for a million of them, and paths take long to make."""
     here = os.getcwd()
     bases = [image_root, data_file.parent if data_file else None, ""]
     joined = (os.path.join(here, base, source) for base in bases if base is not None)
@@ -188,11 +178,16 @@ def _ends_well(path: Path, format: str | None) -> bool:
 
 def header_size(path: Path) -> tuple[int, int] | None:
     """Width and height in pixels as the file's header has them; None where it is no picture."""
+    size = _size_or_fault(path)
+    return None if isinstance(size, Fault) else size
+
+
+def _size_or_fault(path: Path) -> tuple[int, int] | Fault:
     try:
         with Image.open(path) as image:
             return image.size
-    except _DECODE_ERRORS:
-        return None
+    except _DECODE_ERRORS as error:
+        return _broken(path, error)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

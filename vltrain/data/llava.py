@@ -15,9 +15,7 @@ from vltrain.data.conversion import (
     picture_line,
 )
 from vltrain.data.formats import record_id
-from vltrain.data.turn_lists import ROLES
-
-PLACEHOLDER = "<image>"
+from vltrain.data.turn_lists import IMAGE_PLACEHOLDER, ROLES
 
 
 def convert_llava(entries: Sequence[Any], *, pictures: Pictures) -> Conversion:
@@ -59,7 +57,7 @@ def _converted(entry: Any, name: str, pictures: Pictures) -> dict[str, Any] | st
         return "entries with pictures whose names a record cannot hold"
     if any(holds_picture_tag(turn["value"]) for turn in turns):
         return "entries whose text holds <img> tags"
-    placeholders = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
+    placeholders = sum(turn["value"].count(IMAGE_PLACEHOLDER) for turn in turns)
     if placeholders != len(sources):
         relation = "more" if placeholders > len(sources) else "fewer"
         return f"entries with {relation} <image> than pictures"
@@ -74,7 +72,7 @@ def _converted(entry: Any, name: str, pictures: Pictures) -> dict[str, Any] | st
 
 def _filled(text: str, lines: Iterator[str]) -> str:
     """Text with each placeholder replaced by the next of the pictures' lines."""
-    first, *others = text.split(PLACEHOLDER)
+    first, *others = text.split(IMAGE_PLACEHOLDER)
     return first + "".join(next(lines) + other for other in others)
 
 

@@ -164,9 +164,7 @@ class Trainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        self._counted_since = (
-            time.perf_counter()
-        )  # skipping the batches already seen is no training
+        self._counted_since = time.perf_counter()  # passing over old batches is no training
 
 
 def compute_precision(dtype: torch.dtype) -> dict[str, bool]:

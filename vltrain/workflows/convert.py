@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vltrain.data.checks import check_files
 from vltrain.data.coco import CATEGORY_QUESTION, convert_coco, read_coco
 from vltrain.data.conversion import BoxForm, Conversion, Tally
 from vltrain.data.dataset import read_records
 from vltrain.data.faults import Fault
-from vltrain.data.images import locate_image, picture_faults
+from vltrain.data.images import header_size, locate_image, picture_faults
 from vltrain.data.llava import convert_llava
 from vltrain.data.refcoco import EXPRESSION_QUESTION, convert_refcoco
 from vltrain.errors import VltrainError
@@ -54,8 +52,7 @@ class PictureFolder:
             return None
         if any(fault.grade != "warning" for fault in picture_faults(found, decode=False)):
             return None
-        with Image.open(found) as image:
-            return image.size
+        return header_size(found)
 
 
 def convert_coco_file(
