@@ -20,8 +20,9 @@ import transformers
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator
-from vltrain.models.adapters import Adapter, Freeze, add_lora
+from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.callbacks import ProgressBar
@@ -102,7 +103,7 @@ def measure(tokens: int, steps: int, *, toy: bool) -> dict[str, Any]:
         base = QwenVLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     base.config.use_cache = False
-    model = add_lora(base, QWEN_VL, Freeze(), Adapter(), seed=0)
+    model = add_lora(base, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
     clock = StepClock()
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import write_qwen_vl
 
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models import load_model
 from vltrain.models.adapted import find_base, load_adapted, read_origin
-from vltrain.models.adapters import Adapter, Freeze, add_lora
+from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL, is_adapter
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.saving import Origin, save_adapter
@@ -25,7 +26,7 @@ def base(tmp_path):
 
 
 def write_adapter(base: Path, out: Path, *, name: str, revision: str | None) -> Path:
-    model = add_lora(load_model(base), QWEN_VL, Freeze(), Adapter(r=2, alpha=2), seed=1)
+    model = add_lora(load_model(base), QWEN_VL, FreezeConfig(), Adapter(r=2, alpha=2), seed=1)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             parameter.data.fill_(0.01)

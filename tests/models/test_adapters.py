@@ -12,11 +12,11 @@ from tiny import IMAGE_START_ID, write_qwen_vl
 from torch import nn
 from transformers import PreTrainedModel
 
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models import load_model
 from vltrain.models.adapters import (
     Adapter,
-    Freeze,
     PartCount,
     add_lora,
     count_parts,
@@ -47,7 +47,12 @@ def learned(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def adapted(base: Path, *, dtype: str = "fp32", freeze: Freeze = Freeze(), **shape) -> PeftModel:  # noqa: B008
+AS_LORA_DOES = FreezeConfig()
+
+
+def adapted(
+    base: Path, *, dtype: str = "fp32", freeze: FreezeConfig = AS_LORA_DOES, **shape
+) -> PeftModel:
     options = {"r": 4, "alpha": 8, "dropout": 0.0} | shape
     return add_lora(load_model(base, dtype=dtype), QWEN_VL, freeze, Adapter(**options), seed=1)
 
@@ -61,7 +66,7 @@ def loss_of_a_picture(model: PreTrainedModel | PeftModel) -> torch.Tensor:
 
 
 def test_full_learns_all_but_the_vit_and_of_the_projector_what_reads_the_patches(base):
-    model = set_learned(load_model(base), QWEN_VL, Freeze())
+    model = set_learned(load_model(base), QWEN_VL, FreezeConfig())
 
     names = learned(model)
     assert {name for name in names if name.startswith(VISUAL)} == ATTN_POOL
@@ -75,7 +80,7 @@ def test_full_learns_7_797_379_072_parameters_of_the_published_size():
         config = QwenVLConfig.from_published(layout["real_config_chat_rev"])
         model = QwenVLForConditionalGeneration(config)
 
-    counts = count_parts(set_learned(model, QWEN_VL, Freeze()), QWEN_VL)
+    counts = count_parts(set_learned(model, QWEN_VL, FreezeConfig()), QWEN_VL)
 
     assert counts == {
         "vision": PartCount(0, 1_842_770_688),
@@ -86,13 +91,13 @@ def test_full_learns_7_797_379_072_parameters_of_the_published_size():
 
 
 def test_full_learns_the_whole_projector_where_a_recipe_says_so(base):
-    model = set_learned(load_model(base), QWEN_VL, Freeze(projector=False, language=True))
+    model = set_learned(load_model(base), QWEN_VL, FreezeConfig(projector=False, language=True))
 
     assert learned(model) == PROJECTOR
 
 
 def test_full_learns_the_vit_alone_where_a_recipe_says_so(base):
-    freeze = Freeze(vision=False, projector=True, language=True)
+    freeze = FreezeConfig(vision=False, projector=True, language=True)
 
     names = learned(set_learned(load_model(base), QWEN_VL, freeze))
 
@@ -103,7 +108,7 @@ def test_full_learns_the_vit_alone_where_a_recipe_says_so(base):
 
 def test_a_model_that_is_frozen_whole_is_refused(base):
     with pytest.raises(VltrainError, match="every part is frozen"):
-        set_learned(load_model(base), QWEN_VL, Freeze(projector=True, language=True))
+        set_learned(load_model(base), QWEN_VL, FreezeConfig(projector=True, language=True))
 
 
 def test_lora_sits_on_four_linear_layers_of_each_decoder_layer_and_nowhere_else(base):
@@ -121,7 +126,7 @@ def test_lora_sits_on_four_linear_layers_of_each_decoder_layer_and_nowhere_else(
 def test_lora_of_rank_64_has_112_197_632_parameters_on_the_published_size():
     with torch.device("meta"):
         model = QwenVLForConditionalGeneration(QwenVLConfig())
-        wrapped = add_lora(model, QWEN_VL, Freeze(), Adapter(), seed=1)
+        wrapped = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=1)
 
     assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == 112_197_632
 
@@ -136,7 +141,7 @@ def test_embeddings_learn_whole_beside_lora_when_asked(base):
 
 
 def test_the_projectors_reader_learns_whole_beside_lora_when_asked(base):
-    names = learned(adapted(base, freeze=Freeze(projector=False)))
+    names = learned(adapted(base, freeze=FreezeConfig(projector=False)))
 
     copy = "base_model.model.transformer.visual.attn_pool.modules_to_save.default."
     whole = {name for name in names if ".lora_" not in name}
@@ -164,7 +169,10 @@ def test_targets_that_the_model_lacks_are_refused_by_name(base):
 
 @pytest.mark.parametrize(
     ("freeze", "key"),
-    [(Freeze(language=True), "freeze.language"), (Freeze(vision=False), "freeze.vision")],
+    [
+        (FreezeConfig(language=True), "freeze.language"),
+        (FreezeConfig(vision=False), "freeze.vision"),
+    ],
 )
 def test_what_lora_cannot_do_is_refused_by_its_key(base, freeze, key):
     with pytest.raises(VltrainError, match=key.replace(".", r"\.")):
@@ -172,14 +180,14 @@ def test_what_lora_cannot_do_is_refused_by_its_key(base, freeze, key):
 
 
 def test_what_learns_is_float32_beside_a_base_in_bfloat16(base):
-    model = adapted(base, dtype="bf16", freeze=Freeze(projector=False), embeddings=True)
+    model = adapted(base, dtype="bf16", freeze=FreezeConfig(projector=False), embeddings=True)
 
     dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_full_learns_in_float32_beside_a_vit_in_bfloat16(base):
-    model = set_learned(load_model(base, dtype="bf16"), QWEN_VL, Freeze())
+    model = set_learned(load_model(base, dtype="bf16"), QWEN_VL, FreezeConfig())
 
     dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
@@ -187,7 +195,7 @@ def test_full_learns_in_float32_beside_a_vit_in_bfloat16(base):
 
 def test_parts_are_counted_and_copies_that_learn_not_twice(base):
     plain = count_parts(load_model(base), QWEN_VL)
-    freeze = Freeze(projector=False)
+    freeze = FreezeConfig(projector=False)
 
     counts = count_parts(adapted(base, freeze=freeze, embeddings=True), QWEN_VL)
 
@@ -203,7 +211,7 @@ def test_parts_are_counted_and_copies_that_learn_not_twice(base):
 
 
 def test_every_adapter_gets_a_gradient_in_the_first_step(base):
-    model = adapted(base, embeddings=True, freeze=Freeze(projector=False))
+    model = adapted(base, embeddings=True, freeze=FreezeConfig(projector=False))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # they begin at zero, which keeps the gradient from lora_A
             parameter.data.fill_(0.01)

@@ -5,7 +5,8 @@ import torch
 from tiny import IMAGE_START_ID, QWEN_VL_CONFIG
 from torch import Tensor, nn
 
-from vltrain.models.adapters import Adapter, Freeze, add_lora, set_learned
+from vltrain.config import FreezeConfig
+from vltrain.models.adapters import Adapter, add_lora, set_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.models.qwen_vl.positions import log_n_scale, ntk_alpha
@@ -126,7 +127,9 @@ def test_pictures_beside_embeddings_are_refused(model):
 
 
 def test_a_picture_trains_under_checkpointing_with_frozen_embeddings(model):
-    wrapped = add_lora(model, QWEN_VL, Freeze(projector=False), Adapter(r=4, dropout=0), seed=1)
+    wrapped = add_lora(
+        model, QWEN_VL, FreezeConfig(projector=False), Adapter(r=4, dropout=0), seed=1
+    )
     wrapped.gradient_checkpointing_enable()
     wrapped.enable_input_require_grads()
     ids = torch.tensor([[*PICTURE, *words(6)]])
@@ -142,7 +145,7 @@ def test_a_picture_trains_under_checkpointing_with_frozen_embeddings(model):
 
 
 def test_checkpointing_changes_no_gradient(model):
-    set_learned(model, QWEN_VL, Freeze(vision=False, projector=False)).train()
+    set_learned(model, QWEN_VL, FreezeConfig(vision=False, projector=False)).train()
     ids = torch.tensor([[*PICTURE, *words(6)]])
 
     def gradients() -> list[Tensor]:
@@ -158,7 +161,7 @@ def test_checkpointing_changes_no_gradient(model):
 
 @pytest.mark.parametrize("projector_learns", [False, True])
 def test_a_frozen_tower_keeps_no_graph_and_is_run_once(model, projector_learns):
-    freeze = Freeze(projector=not projector_learns)
+    freeze = FreezeConfig(projector=not projector_learns)
     wrapped = add_lora(model, QWEN_VL, freeze, Adapter(r=4), seed=1)
     wrapped.gradient_checkpointing_enable()
     wrapped.enable_input_require_grads()

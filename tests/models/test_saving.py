@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from tiny import write_qwen_vl
 
 import vltrain.models.saving
+from vltrain.config import FreezeConfig
 from vltrain.models import load_model
-from vltrain.models.adapters import Adapter, Freeze, add_lora
+from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
@@ -36,7 +37,7 @@ def names_in(folder: Path) -> set[str]:
 
 def moved_adapter(base: Path, **shape) -> PeftModel:
     """An adapter that has learned something, whole modules beside it included."""
-    freeze = Freeze(projector=shape.pop("projector", None))
+    freeze = FreezeConfig(projector=shape.pop("projector", None))
     model = add_lora(load_model(base), QWEN_VL, freeze, Adapter(r=4, alpha=8, **shape), seed=1)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():

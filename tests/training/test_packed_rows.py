@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
+from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import SampleDataset, read_records
 from vltrain.data.packing import PackedDataset
 from vltrain.models import load_model, load_processor
-from vltrain.models.adapters import Freeze, set_learned
+from vltrain.models.adapters import set_learned
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog
@@ -46,7 +47,9 @@ def loss_and_gradients(
     base: Path, batch: dict[str, Tensor | int], *, packed: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Of everything that can learn, in float32."""
-    model = set_learned(load_model(base), QWEN_VL, Freeze(vision=False, projector=False)).train()
+    model = set_learned(
+        load_model(base), QWEN_VL, FreezeConfig(vision=False, projector=False)
+    ).train()
     model.config.use_cache = False
     if packed:
         attend_packed(model)
@@ -108,7 +111,7 @@ def test_the_order_of_rows_is_another_in_another_epoch(samples):
 
 def train(base: Path, samples: SampleDataset, out: Path, **settings) -> list[dict]:
     """The logged rows of a full run on packed rows, evaluated on the samples padded."""
-    model = set_learned(load_model(base), QWEN_VL, Freeze())
+    model = set_learned(load_model(base), QWEN_VL, FreezeConfig())
     model.config.use_cache = False
     attend_packed(model)
     options = {"learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "seed": 3}

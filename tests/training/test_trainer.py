@@ -11,10 +11,11 @@ from rich.console import Console
 from tiny import write_conversations, write_qwen_vl
 from transformers import PrinterCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator
 from vltrain.data.dataset import SampleDataset, read_records
 from vltrain.models import load_model, load_processor
-from vltrain.models.adapters import Freeze, set_learned
+from vltrain.models.adapters import set_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.plot import plot_loss
@@ -44,7 +45,7 @@ def train(
     base: Path, samples: SampleDataset, out: Path, resume: Path | None = None, **settings
 ) -> list[dict]:
     """The logged rows of a full run in float32."""
-    model = set_learned(load_model(base), QWEN_VL, Freeze())
+    model = set_learned(load_model(base), QWEN_VL, FreezeConfig())
     options = {"learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "seed": 3}
     options |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"} | settings
     arguments = TrainingArguments(str(out), remove_unused_columns=False, **options)

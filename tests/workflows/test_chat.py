@@ -12,9 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE_START_ID, write_qwen_vl
 
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
-from vltrain.models.adapters import Adapter, Freeze, add_lora
+from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.saving import Origin, save_adapter
@@ -213,7 +214,7 @@ def test_answers_to_another_task_are_not_kept(
 def test_an_adapter_answers_like_the_model_that_it_merges_into(
     data: Path, model: Path, console: Console, tmp_path: Path
 ):
-    adapted = add_lora(load_model(model), QWEN_VL, Freeze(), Adapter(r=4), seed=1)
+    adapted = add_lora(load_model(model), QWEN_VL, FreezeConfig(), Adapter(r=4), seed=1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.05)

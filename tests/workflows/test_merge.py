@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import write_qwen_vl
 
 import vltrain.models.saving
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
-from vltrain.models.adapters import Adapter, Freeze, add_lora
+from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.saving import Origin, save_adapter
@@ -38,7 +39,7 @@ def adapter(base, tmp_path):
 
 def write_adapter(base: Path, out: Path, *, scale: float = 0.1, **options) -> Path:
     """An adapter whose second matrices, and whole modules beside them, are moved at random."""
-    freeze = Freeze(projector=options.pop("projector", None))
+    freeze = FreezeConfig(projector=options.pop("projector", None))
     model = add_lora(load_model(base), QWEN_VL, freeze, Adapter(r=4, alpha=8, **options), seed=1)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():

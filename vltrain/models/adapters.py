@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models.family import Family, Part, has_prefix
 
@@ -18,15 +19,6 @@ COPY_MARK = ".modules_to_save."
 PLAIN_LAYERS = (nn.Linear, nn.Embedding)  # exactly these: quantized ones are subclasses
 
 CountedPart = Part | Literal["adapter"]
-
-
-@dataclass(frozen=True)
-class Freeze:
-    """Which parts of the model stay as they are."""
-
-    vision: bool = True
-    projector: bool | None = None  # None: learns under `full` as the family says, else frozen
-    language: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class PartCount:
     total: int
 
 
-def set_learned(model: PreTrainedModel, family: Family, freeze: Freeze) -> PreTrainedModel:
+def set_learned(model: PreTrainedModel, family: Family, freeze: FreezeConfig) -> PreTrainedModel:
     """Full-parameter training: gradients on what is not frozen, in place.
 
     Raises:
@@ -74,7 +66,7 @@ def widen_learned(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _learns(name: str, family: Family, freeze: Freeze) -> bool:
+def _learns(name: str, family: Family, freeze: FreezeConfig) -> bool:
     part = family.parts.of(name)
     if part == "projector":
         if freeze.projector is None:
@@ -84,7 +76,7 @@ def _learns(name: str, family: Family, freeze: Freeze) -> bool:
 
 
 def add_lora(
-    model: PreTrainedModel, family: Family, freeze: Freeze, adapter: Adapter, seed: int
+    model: PreTrainedModel, family: Family, freeze: FreezeConfig, adapter: Adapter, seed: int
 ) -> PeftModel:
     """LoRA training: adapters on the language model, whole modules beside them where asked.
 
@@ -138,7 +130,7 @@ def _wrap_plain(layer: nn.Module, adapter: str, **settings: Any) -> nn.Module | 
     return dispatch_default(layer, adapter, **settings) if type(base) in PLAIN_LAYERS else None
 
 
-def refuse_impossible(freeze: Freeze) -> None:
+def refuse_impossible(freeze: FreezeConfig) -> None:
     """Raise VltrainError for parts that LoRA can neither train nor do without."""
     if freeze.language:
         raise VltrainError.at(

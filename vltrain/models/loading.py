@@ -79,6 +79,22 @@ def load_processor(path: str | Path) -> Any:
     return family_of(folder).read_processor(folder)
 
 
+def foreign_id_error(where: str, token_id: int, rows: int, folder: Path) -> VltrainError:
+    """The refusal of an id that the embedding matrix of a model has no row for.
+
+    Args:
+        where: the record.
+        token_id: the id.
+        rows: of the matrix.
+        folder: the model's.
+    """
+    return VltrainError.at(
+        where,
+        what=f"has the id {token_id}, and the model of {folder} knows those below {rows} only",
+        fix="use the vocabulary that belongs to these weights",
+    )
+
+
 def freeze_constants(model: PreTrainedModel, family: Family) -> None:
     """Take the gradient off what is stored but does not learn; loading forgets it."""
     for name in family.constants:

@@ -203,10 +203,16 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: it is there whole or not at all."""
+def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a file beside its place and rename it: it is there whole or not at all.
+
+    Args:
+        path: the file; an older one is replaced.
+        text: written as UTF-8.
+        errors: what becomes of characters that UTF-8 has no bytes for, as `open` has it.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors=errors) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

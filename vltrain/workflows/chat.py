@@ -28,7 +28,13 @@ from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Prompt, answer_batches
 from vltrain.models.catalog import is_adapter
 from vltrain.models.hub import resolve_model
-from vltrain.models.loading import dtype_for_machine, load_model, load_processor
+from vltrain.models.loading import (
+    dtype_for_machine,
+    foreign_id_error,
+    load_model,
+    load_processor,
+)
+from vltrain.training.run_dir import write_whole
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
 
@@ -231,10 +237,8 @@ def kept_answers(
 
 def begin_draft(draft: Path, task: dict[str, Any], kept: Sequence[dict[str, Any]]) -> None:
     """Write the draft's first line and what is kept, beside and renamed: no answer is lost."""
-    whole = draft.with_name(f"{draft.name}.whole")
     text = "".join(_line(row) for row in ({"task": task}, *kept))
-    whole.write_text(text, encoding="utf-8", errors=SURROGATES)
-    os.replace(whole, draft)
+    write_whole(draft, text, errors=SURROGATES)
 
 
 def refuse_foreign_ids(
@@ -246,13 +250,8 @@ def refuse_foreign_ids(
     """Raise VltrainError where a prompt has an id that the embedding matrix has no row for."""
     rows = network.get_input_embeddings().weight.size(0)
     for prompt, question in zip(prompts, questions, strict=True):
-        if max(prompt.input_ids) >= rows:
-            raise VltrainError.at(
-                question.record.name,
-                what=f"has the id {max(prompt.input_ids)}, and the model of {folder} knows "
-                f"those below {rows} only",
-                fix="use the vocabulary that belongs to these weights",
-            )
+        if (largest := max(prompt.input_ids)) >= rows:
+            raise foreign_id_error(question.record.name, largest, rows, folder)
 
 
 def write_without_first_line(draft: Path, output: Path) -> None:

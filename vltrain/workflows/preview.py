@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from vltrain.data.pieces import Piece, pieces_of
 from vltrain.data.statistics import collect, summarise
 from vltrain.errors import VltrainError
 from vltrain.models.loading import load_processor
+from vltrain.training.run_dir import write_whole
 from vltrain.workflows.preview_page import PICTURE_SIDE, PageHead, PictureView, SampleView, page
 
 _RAW_CHARACTERS = 4000  # shown of a record that cannot be laid out
@@ -118,9 +118,7 @@ def chosen_entries(files: Iterable[Path], count: int, seed: int) -> list[Record 
 def write_page(output: Path, text: str) -> None:
     """Write a page as a whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.with_name(f"{output.name}.partial")
-    draft.write_text(text, encoding="utf-8", errors="replace")  # halves of surrogate pairs
-    os.replace(draft, output)
+    write_whole(output, text, errors="replace")  # halves of surrogate pairs
 
 
 def _by_record(findings: Iterable[Finding]) -> dict[tuple[str, int | None], list[Finding]]:

@@ -20,7 +20,6 @@ from vltrain.data.packing import PackedDataset
 from vltrain.errors import VltrainError
 from vltrain.models.adapters import (
     Adapter,
-    Freeze,
     add_lora,
     count_parts,
     refuse_impossible,
@@ -31,7 +30,13 @@ from vltrain.models.catalog import family_of, is_chat_tuned, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
-from vltrain.models.loading import DTYPES, checkpoint_dtype, dtype_for_machine, load_model
+from vltrain.models.loading import (
+    DTYPES,
+    checkpoint_dtype,
+    dtype_for_machine,
+    foreign_id_error,
+    load_model,
+)
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.training.arguments import step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
@@ -168,25 +173,19 @@ def _refuse_foreign_ids(samples: SampleDataset, base: Base) -> None:
     """Raise VltrainError where a sample has an id that the embedding matrix has no row for."""
     for record, largest in zip(samples.records, samples.largest_ids, strict=True):
         if largest >= base.vocabulary_size:
-            raise VltrainError.at(
-                record.name,
-                what=f"has the id {largest}, and the model of {base.folder} knows those below "
-                f"{base.vocabulary_size} only",
-                fix="use the vocabulary that belongs to these weights",
-            )
+            raise foreign_id_error(record.name, largest, base.vocabulary_size, base.folder)
 
 
 def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
     """The base, loaded, with gradients on what the recipe lets learn."""
-    freeze = Freeze(recipe.freeze.vision, recipe.freeze.projector, recipe.freeze.language)
     if recipe.method == "lora":
-        refuse_impossible(freeze)  # before the minutes that loading may take
+        refuse_impossible(recipe.freeze)  # before the minutes that loading may take
     model = load_model(base.folder, dtype=dtype_for_machine(recipe.dtype))
     model.config.use_cache = False
     if recipe.data.packing:
         attend_packed(model)
     if recipe.method == "full":
-        return set_learned(model, base.family, freeze)
+        return set_learned(model, base.family, recipe.freeze)
     embeddings = recipe.lora.embeddings
     if embeddings == "auto":
         embeddings = not is_chat_tuned(base.folder)
@@ -197,7 +196,7 @@ def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel |
         targets=recipe.lora.targets,
         embeddings=embeddings,
     )
-    return add_lora(model, base.family, freeze, adapter, seed=seed)
+    return add_lora(model, base.family, recipe.freeze, adapter, seed=seed)
 
 
 def show_plan(
