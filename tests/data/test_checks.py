@@ -9,9 +9,9 @@ from PIL import Image
 
 from vltrain.data import checks
 from vltrain.data.checks import Checker, Finding, check_files
-from vltrain.data.dataset import Record
 from vltrain.data.grounding import parse_boxes
 from vltrain.data.images import open_image
+from vltrain.data.records import Record
 
 EXAMPLES = Path(__file__).parents[2] / "data_examples"
 

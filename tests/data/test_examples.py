@@ -7,8 +7,10 @@ import torch
 from letters import LetterProcessor, record
 
 from vltrain.data.checks import check_files
-from vltrain.data.dataset import Record, SampleDataset, read_records
+from vltrain.data.dataset import SampleDataset
 from vltrain.data.formats import format_of
+from vltrain.data.records import Record
+from vltrain.data.sources import read_records
 
 EXAMPLES = Path(__file__).parents[2] / "data_examples"
 LETTERS = LetterProcessor()

@@ -12,8 +12,9 @@ from transformers import PrinterCallback, TrainingArguments
 
 from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator, collate_rows
-from vltrain.data.dataset import SampleDataset, read_records
+from vltrain.data.dataset import SampleDataset
 from vltrain.data.packing import PackedDataset
+from vltrain.data.sources import read_records
 from vltrain.models import load_model, load_processor
 from vltrain.models.adapters import set_learned
 from vltrain.models.attention import attend_packed

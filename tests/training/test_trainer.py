@@ -13,7 +13,8 @@ from transformers import PrinterCallback, TrainerControl, TrainerState, Training
 
 from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator
-from vltrain.data.dataset import SampleDataset, read_records
+from vltrain.data.dataset import SampleDataset
+from vltrain.data.sources import read_records
 from vltrain.models import load_model, load_processor
 from vltrain.models.adapters import set_learned
 from vltrain.models.catalog import QWEN_VL

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vltrain.data.checks import check_files
-from vltrain.data.dataset import read_records
+from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
 from vltrain.workflows.convert import convert_coco_file, convert_llava_file, convert_refcoco_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vltrain.data.conversation import Conversation, ImagePart, Turn
-from vltrain.data.dataset import Record, TooLong, Unreadable, scan_records
+from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import (
     LabelPolicy,
     Processor,
@@ -24,6 +24,8 @@ from vltrain.data.grounding import read_boxes
 from vltrain.data.images import TURNED_PICTURE, locate_image, picture_faults
 from vltrain.data.markup import BOX_TAG, token_faults
 from vltrain.data.parallel import map_chunks
+from vltrain.data.records import Record, Unreadable
+from vltrain.data.sources import scan_records
 
 Severity = Literal["error", "warning"]
 MOST_PICTURES_SEEN = 50_000  # remembered by a checker: about 300 bytes each

@@ -1,96 +1,17 @@
-"""Files -> records -> samples with their pictures.
+"""Records -> samples with their pictures."""
 
-A record is one element of a JSON list or one line of a JSONL file; its number counts from 0 and
-names it in every error: `train.json#17`.
-"""
-
-import codecs
-import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_long_error
-from vltrain.data.faults import Fault, error_of
 from vltrain.data.formats import Format
-from vltrain.data.images import image_size, open_image, resolve_image
-from vltrain.data.json_list import NotJsonError, list_elements
-from vltrain.data.swift import ImageSize
+from vltrain.data.images import open_image, resolve_image
+from vltrain.data.records import Record
 from vltrain.errors import VltrainError
 
 TooLong = Literal["error", "drop"]
-_LINES = (".jsonl", ".ndjson")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One element of a data file, as its JSON has it."""
-
-    file: Path
-    index: int  # in the list, or the line of a JSONL file; from 0
-    value: Any
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-        return f"{self.file.name}#{self.index}"
-
-    def image_size(self, image_root: Path | None) -> ImageSize:
-        """What measures the record's pictures, for boxes that are written in pixels."""
-        return partial(image_size, data_file=self.file, image_root=image_root)
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A place of a file where no record could be read."""
-
-    file: Path
-    index: int | None  # None: the fault is the file's
-    fault: Fault
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-        return self.file.name if self.index is None else f"{self.file.name}#{self.index}"
-
-
-def read_records(path: Path) -> list[Record]:
-    """All records of a JSON list (`.json`) or a JSONL file (`.jsonl`), UTF-8.
-
-    Raises:
-        VltrainError: the file cannot be read; every line that cannot is named.
-    """
-    records: list[Record] = []
-    unreadable: list[Unreadable] = []
-    for entry in scan_records(path):
-        if isinstance(entry, Record):
-            records.append(entry)
-        else:
-            unreadable.append(entry)
-    if unreadable:
-        raise VltrainError("\n".join(str(error_of([bad.fault], bad.name)) for bad in unreadable))
-    return records
-
-
-def scan_records(path: Path) -> Iterator[Record | Unreadable]:
-    """The records of a file, one after the other, and the places that hold none."""
-    path = Path(path)
-    scan = _scan_lines if path.suffix.lower() in _LINES else _scan_list
-    empty = True
-    try:
-        for entry in scan(path):
-            empty = False
-            yield entry
-    except OSError as error:
-        message = f"{path} cannot be read ({error.strerror or error})"
-        yield Unreadable(path, None, Fault("unreadable_file", message, "mend the path"))
-        return
-    if empty:
-        fault = Fault("no_records", "the file holds no record", "add records, or leave it out")
-        yield Unreadable(path, None, fault)
 
 
 def split_records(
@@ -222,101 +143,3 @@ class SampleDataset:
             source, data_file=record.file, image_root=self.image_root, where=record.name
         )
         return open_image(path, where=record.name)
-
-
-def _scan_list(path: Path) -> Iterator[Record | Unreadable]:
-    """The elements of a JSON list, read piece by piece."""
-    with path.open("rb") as file:
-        begins = _first_bytes(file)
-        file.seek(0)
-        if begins.startswith(b"["):
-            try:
-                for index, value in enumerate(list_elements(file)):
-                    yield Record(path, index, value)
-            except NotJsonError as error:
-                yield Unreadable(path, None, error.fault)
-        elif begins:
-            yield Unreadable(path, None, _no_list(file.read().removeprefix(codecs.BOM_UTF8)))
-
-
-def _first_bytes(file: BinaryIO) -> bytes:
-    """What a file begins with, a byte order mark and blanks left out; empty if all is blank."""
-    begins = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    while not begins and (more := file.read(4096)):
-        begins = more.lstrip()
-    return begins
-
-
-def _no_list(raw: bytes) -> Fault:
-    """Why a file that does not begin with `[` is no list of records."""
-    parsed = _parse(raw)
-    if isinstance(parsed, Fault):
-        return _lines_as_list(raw) or parsed
-    message = "the file is not a list of records"
-    fix = "put the records between [ and ], or write one per line into a .jsonl file"
-    return Fault("not_a_list", message, fix)
-
-
-def _scan_lines(path: Path) -> Iterator[Record | Unreadable]:
-    """The lines of a JSONL file, empty ones skipped but counted."""
-    first = True
-    with path.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            fault = Fault("not_utf8", "the file is UTF-16, not UTF-8", "save the file as UTF-8")
-            yield Unreadable(path, None, fault)
-            return
-        file.seek(0)
-        for index, line in enumerate(file):
-            raw = line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
-            if not raw.strip():
-                continue
-            if first and raw.lstrip().startswith(b"["):
-                message = "the file is a JSON list, not one record per line"
-                fix = f"name it {path.stem}.json"
-                yield Unreadable(path, None, Fault("list_as_lines", message, fix))
-                return
-            first = False
-            parsed = _parse(raw.rstrip(b"\r\n"), line=index + 1)
-            if isinstance(parsed, Fault):
-                yield Unreadable(path, index, parsed)
-            else:
-                yield Record(path, index, parsed.value)
-
-
-@dataclass(frozen=True)
-class _Parsed:
-    """What some JSON holds; any value, None included."""
-
-    value: Any
-
-
-def _parse(raw: bytes, line: int = 1) -> _Parsed | Fault:
-    """Read JSON.
-
-    Args:
-        raw: the text, UTF-8.
-        line: of the file, where it begins; from 1, as editors count.
-    """
-    try:
-        return _Parsed(json.loads(raw.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        place = line + raw[: error.start].count(b"\n")
-        return Fault("not_utf8", f"line {place} is not UTF-8", "save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        place = line + error.lineno - 1
-        message = f"not JSON: line {place}, column {error.colno}: {error.msg}"
-        return Fault("not_json", message, f"mend line {place}")
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
-        return Fault("not_json", f"not JSON: line {line}: {error}", f"mend line {line}")
-
-
-def _lines_as_list(raw: bytes) -> Fault | None:
-    """The fault of a `.json` file that holds one record per line, if it does."""
-    lines = [line for line in raw.split(b"\n") if line.strip()]
-    if len(lines) < 2:
-        return None
-    first = _parse(lines[0])
-    if isinstance(first, Fault) or not isinstance(first.value, dict):
-        return None
-    message = "the file holds one JSON record per line, not a JSON list"
-    return Fault("lines_as_list", message, "give it the ending .jsonl")

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vltrain.data.conversation import Conversation
-from vltrain.data.dataset import Record, scan_records
 from vltrain.data.encoding import Processor, encode_conversation
 from vltrain.data.formats import conversation_from_record
 from vltrain.data.grounding import parse_boxes
 from vltrain.data.images import header_size, locate_image
 from vltrain.data.packing import pack
+from vltrain.data.records import Record
 from vltrain.data.scripts import script_of
+from vltrain.data.sources import scan_records
 from vltrain.errors import VltrainError
 
 LIMITS = (512, 1024, 2048, 4096, 8192)  # tokens; values of max_length that people choose

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from vltrain.data.checks import check_files
 from vltrain.data.conversation import ImagePart, Turn
-from vltrain.data.dataset import Record, read_records
 from vltrain.data.encoding import Processor, prompt_ids
 from vltrain.data.formats import conversation_from_record, read_turns
 from vltrain.data.images import open_image, resolve_image
+from vltrain.data.records import Record
+from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Prompt, answer_batches
 from vltrain.models.catalog import is_adapter

@@ -10,11 +10,11 @@ from typing import Any
 from vltrain.data.checks import check_files
 from vltrain.data.coco import CATEGORY_QUESTION, convert_coco, read_coco
 from vltrain.data.conversion import BoxForm, Conversion, Tally
-from vltrain.data.dataset import read_records
 from vltrain.data.faults import Fault
 from vltrain.data.images import header_size, locate_image, picture_faults
 from vltrain.data.llava import convert_llava
 from vltrain.data.refcoco import EXPRESSION_QUESTION, convert_refcoco
+from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
 
 _ENDINGS = (".json", ".jsonl")

@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import vltrain.demo
-from vltrain.data.dataset import Record, read_records
 from vltrain.data.grounding import draw_boxes, parse_boxes
 from vltrain.data.images import open_image
+from vltrain.data.records import Record
+from vltrain.data.sources import read_records
 from vltrain.demo.questions import KINDS, Kind, kinds_of
 from vltrain.demo.splits import Split, make_splits
 from vltrain.errors import VltrainError

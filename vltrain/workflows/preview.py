@@ -16,12 +16,13 @@ from rich.console import Console
 from vltrain.config import DataConfig
 from vltrain.data.checks import Finding, check_files
 from vltrain.data.conversation import Conversation, ImagePart
-from vltrain.data.dataset import Record, Unreadable, scan_records
 from vltrain.data.encoding import Processor, Sample, encode_conversation
 from vltrain.data.formats import conversation_from_record, record_id
 from vltrain.data.grounding import Box, parse_boxes
 from vltrain.data.images import open_image, resolve_image
 from vltrain.data.pieces import Piece, pieces_of
+from vltrain.data.records import Record, Unreadable
+from vltrain.data.sources import scan_records
 from vltrain.data.statistics import collect, summarise
 from vltrain.errors import VltrainError
 from vltrain.models.loading import load_processor

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from vltrain.config import DataConfig, Recipe
 from vltrain.data.checks import check_files
 from vltrain.data.collation import Collator, collate_rows
-from vltrain.data.dataset import Record, SampleDataset, read_records, split_records
+from vltrain.data.dataset import SampleDataset, split_records
 from vltrain.data.packing import PackedDataset
+from vltrain.data.records import Record
+from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
 from vltrain.models.adapters import (
     Adapter,

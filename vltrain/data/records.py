@@ -1,0 +1,46 @@
+"""One record of a data file, or the place where none could be read.
+
+A record is one element of a JSON list or one line of a JSONL file; its number counts from 0 and
+names it in every error: `train.json#17`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vltrain.data.faults import Fault
+from vltrain.data.images import image_size
+from vltrain.data.swift import ImageSize
+
+
+@dataclass(frozen=True)
+class Record:
+    """One element of a data file, as its JSON has it."""
+
+    file: Path
+    index: int  # in the list, or the line of a JSONL file; from 0
+    value: Any
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"{self.file.name}#{self.index}"
+
+    def image_size(self, image_root: Path | None) -> ImageSize:
+        """What measures the record's pictures, for boxes that are written in pixels."""
+        return partial(image_size, data_file=self.file, image_root=image_root)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A place of a file where no record could be read."""
+
+    file: Path
+    index: int | None  # None: the fault is the file's
+    fault: Fault
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return self.file.name if self.index is None else f"{self.file.name}#{self.index}"
