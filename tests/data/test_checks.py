@@ -9,9 +9,10 @@ from PIL import Image
 
 from vltrain.data import checks
 from vltrain.data.checks import Checker, Finding, check_files
+from vltrain.data.faults import Fault
 from vltrain.data.grounding import parse_boxes
 from vltrain.data.images import open_image
-from vltrain.data.records import Record
+from vltrain.data.records import Record, Unreadable
 
 EXAMPLES = Path(__file__).parents[2] / "data_examples"
 
@@ -257,11 +258,43 @@ def test_a_bounded_number_of_pictures_is_remembered(folder, monkeypatch):
     checker = Checker()
     for name in ("a", "b", "c"):
         value = record(f"<img>{name}.png</img>q", "a")
-        assert [f.kind for f in checker.findings(Record(folder / "x.json", 0, value))] == [
+        assert [f.kind for f in checker.examine(Record(folder / "x.json", 0, value)).findings] == [
             "missing_picture"
         ]
 
     assert [source for _, source in checker.seen] == ["b.png", "c.png"]
+
+
+def test_one_look_gives_findings_conversation_and_sample(folder):
+    value = record("<img>no.png</img>q", "a", id="x7")
+
+    seen = Checker(LetterProcessor()).examine(Record(folder / "x.json", 3, value))
+
+    assert [(found.record, found.id, found.kind) for found in seen.findings] == [
+        (3, "x7", "missing_picture")
+    ]
+    assert seen.conversation is not None
+    assert seen.conversation.image_sources == ("no.png",)
+    assert seen.sample is not None
+    assert len(seen.sample.input_ids) == 11 + 13 + 14  # system, user with a picture, assistant
+
+
+def test_a_refused_record_has_no_conversation_and_no_sample(folder):
+    checker = Checker(LetterProcessor())
+    refused = Record(folder / "x.json", 0, turns(("user", "q")))
+    nowhere = Unreadable(folder / "x.jsonl", 1, Fault("not_json", "broken", "mend it"))
+
+    for entry, kind in ((refused, "nothing_to_learn"), (nowhere, "not_json")):
+        seen = checker.examine(entry)
+        assert [found.kind for found in seen.findings] == [kind]
+        assert (seen.conversation, seen.sample) == (None, None)
+
+
+def test_without_a_processor_a_record_is_read_and_not_encoded(folder):
+    seen = Checker().examine(Record(folder / "x.json", 0, record("q", "a")))
+
+    assert seen.conversation is not None
+    assert seen.sample is None
 
 
 def test_a_report_has_the_form_that_other_programs_read(folder):

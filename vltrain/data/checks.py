@@ -2,7 +2,8 @@
 
 One pass over the records, in as many processes as are asked for. Each record is asked for all
 its faults, those of its form (`formats`), its boxes (`grounding`), its pictures (`images`) and
-its length (`encoding`). A new check is a function that gives faults, called in `_record_faults`.
+its length (`encoding`). A new check is a function that gives faults, called in
+`Checker.examine` or `Checker._content_faults`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import (
     LabelPolicy,
     Processor,
+    Sample,
     encode_conversation,
     too_long_message,
 )
@@ -67,11 +69,20 @@ class Report:
         return {"records": self.records, "findings": [asdict(found) for found in self.findings]}
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What one look at a record gives, for all who need it."""
+
+    findings: tuple[Finding, ...]
+    conversation: Conversation | None = None  # None: a reader stops at one of the findings
+    sample: Sample | None = None  # None: no conversation, or no processor to encode it
+
+
 @dataclass
 class Checker:
     """What the records of a run are held against, and the pictures it has seen."""
 
-    processor: Processor | None = None  # None: lengths are not checked
+    processor: Processor | None = None  # encodes; None: lengths are not checked
     image_root: Path | None = None
     max_length: int | None = None  # tokens, image tokens included
     too_long: TooLong = "error"
@@ -83,34 +94,41 @@ class Checker:
     def check_chunk(self, entries: Sequence[Record | Unreadable]) -> tuple[int, list[Finding]]:
         """How many records there are among some entries, and all that is wrong with them."""
         count = sum(isinstance(entry, Record) or entry.index is not None for entry in entries)
-        return count, [found for entry in entries for found in self.findings(entry)]
+        return count, [found for entry in entries for found in self.examine(entry).findings]
 
-    def findings(self, entry: Record | Unreadable) -> Iterator[Finding]:
-        """All that is wrong with one record, or with a place that holds none."""
+    def examine(self, entry: Record | Unreadable) -> Examined:
+        """Read, look through and encode one record; or say why a place holds none."""
         if isinstance(entry, Unreadable):
-            yield self._finding(entry, None, entry.fault)
-            return
+            return Examined((self._finding(entry, None, entry.fault),))
+        conversation, faults = read_conversation(
+            entry.value, format=self.format, image_size=entry.image_size(self.image_root)
+        )
+        readable = not any(map(self._refuses, faults))
+        faults += self._content_faults(conversation, entry)
+        sample = None
+        if readable and self.processor is not None:
+            sample = encode_conversation(conversation, self.processor, self.labels)
+            faults += self._length_faults(sample, self.processor)
         identity = record_id(entry.value)
-        for fault in self._record_faults(entry):
-            yield self._finding(entry, identity, fault)
+        findings = tuple(self._finding(entry, identity, fault) for fault in faults)
+        return Examined(findings, conversation if readable else None, sample)
+
+    def _refuses(self, fault: Fault) -> bool:
+        return fault.refused(lenient=self.labels == "reference")
 
     def _finding(self, entry: Record | Unreadable, identity: str | None, fault: Fault) -> Finding:
-        refused = fault.refused(lenient=self.labels == "reference")
         return Finding(
             file=str(entry.file),
             record=entry.index,
             id=identity,
-            severity="error" if refused else "warning",
+            severity="error" if self._refuses(fault) else "warning",
             kind=fault.kind,
             message=fault.message,
             fix=fault.fix,
         )
 
-    def _record_faults(self, record: Record) -> Iterator[Fault]:
-        conversation, faults = read_conversation(
-            record.value, format=self.format, image_size=record.image_size(self.image_root)
-        )
-        yield from faults
+    def _content_faults(self, conversation: Conversation, record: Record) -> Iterator[Fault]:
+        """What is wrong inside the turns that could be read."""
         has_boxes = any(BOX_TAG.search(turn.text) for turn in conversation.turns)
         for turn in conversation.turns:
             yield from _empty_turn_faults(turn)
@@ -119,8 +137,6 @@ class Checker:
             for fault in self._picture_faults(turn, record):
                 if has_boxes or fault.kind != TURNED_PICTURE:
                     yield fault
-        if not any(fault.refused(lenient=self.labels == "reference") for fault in faults):
-            yield from self._length_faults(conversation)
 
     def _picture_faults(self, turn: Turn, record: Record) -> Iterator[Fault]:
         """What is wrong with a turn's pictures; each is looked at once, as far as is remembered."""
@@ -140,15 +156,12 @@ class Checker:
             return [found]
         return picture_faults(found, decode=self.decode)
 
-    def _length_faults(self, conversation: Conversation) -> Iterator[Fault]:
+    def _length_faults(self, sample: Sample, processor: Processor) -> Iterator[Fault]:
         """The fault of a sample longer than max_length: a warning where it is dropped."""
-        if self.processor is None or self.max_length is None:
-            return
-        sample = encode_conversation(conversation, self.processor, self.labels)
         length = len(sample.input_ids)
-        if length <= self.max_length:
+        if self.max_length is None or length <= self.max_length:
             return
-        message = too_long_message(sample, self.processor, self.max_length)
+        message = too_long_message(sample, processor, self.max_length)
         if self.too_long == "drop":
             message += ": the record is dropped"
             fix = f"raise data.max_length to {length} or more to keep it"
