@@ -11,9 +11,9 @@ from PIL import Image
 from tiny import write_conversations, write_qwen_vl
 
 from vltrain.data.conversation import Conversation, ImagePart, TextPart, Turn
-from vltrain.data.grounding import Box
+from vltrain.data.grounding import Box, Quad
 from vltrain.errors import VltrainError
-from vltrain.workflows.preview import boxes_of_pictures, chosen_entries, preview
+from vltrain.workflows.preview import regions_of_pictures, chosen_entries, preview
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -143,20 +143,21 @@ def test_every_record_has_the_same_chance_to_be_drawn(tmp_path):
     assert all(70 <= drawn.count(index) <= 130 for index in range(4))
 
 
-def test_a_box_belongs_to_the_last_picture_before_it():
+def test_a_box_or_quad_belongs_to_the_last_picture_before_it():
     def box(x: int) -> TextPart:
         return TextPart(f"<box>({x},0),(9,9)</box>")
 
+    quad = TextPart("<quad>(4,0),(9,0),(9,9),(4,9)</quad>")
     conversation = Conversation(
         (
             Turn("user", (box(1), ImagePart("a"), box(2), ImagePart("b"))),
-            Turn("assistant", (box(3), box(4))),
+            Turn("assistant", (box(3), quad)),
         )
     )
 
-    assert boxes_of_pictures(conversation) == [
+    assert regions_of_pictures(conversation) == [
         [Box(1, 0, 9, 9), Box(2, 0, 9, 9)],
-        [Box(3, 0, 9, 9), Box(4, 0, 9, 9)],
+        [Box(3, 0, 9, 9), Quad(((4, 0), (9, 0), (9, 9), (4, 9)))],
     ]
 
 

@@ -1,7 +1,7 @@
 """The page of `vltrain preview`, from values to HTML."""
 
 from vltrain.data.checks import Finding
-from vltrain.data.grounding import Box
+from vltrain.data.grounding import Box, Quad
 from vltrain.data.pieces import Piece
 from vltrain.data.statistics import Collected, summarise
 from vltrain.workflows.preview_page import PageHead, PictureView, SampleView, page, visible
@@ -82,6 +82,37 @@ def test_a_box_is_placed_in_per_cent_of_its_picture():
 
     assert 'style="left:10%;top:25%;width:20%;height:75%;--colour:#e6194b"' in html
     assert '<span class="label">cat</span>' in html
+
+
+def test_a_quad_is_drawn_side_by_side_within_the_box_around_it():
+    quad = Quad(((100, 300), (300, 200), (350, 400), (150, 500)), "sign")
+    picture = PictureView("a.png", "data:,", (10, 10), (quad,))
+
+    html = page(head(), [SampleView("r", None, pictures=(picture,))])
+
+    assert 'class="quad" style="left:10%;top:20%;width:25%;height:30%;--colour:#e6194b"' in html
+    assert '<svg viewBox="0 0 250 300" preserveAspectRatio="none">' in html
+    assert '<polygon points="0,100 200,0 250,200 50,300"/>' in html
+    assert '<span class="label">sign</span>' in html
+
+
+def test_a_quad_that_is_a_line_still_has_an_outline():
+    quad = Quad(((5, 7), (9, 7), (9, 7), (5, 7)))
+    picture = PictureView("a.png", "data:,", (10, 10), (quad,))
+
+    html = page(head(), [SampleView("r", None, pictures=(picture,))])
+
+    assert '<svg viewBox="0 0 4 1" preserveAspectRatio="none">' in html
+
+
+def test_boxes_and_quads_are_counted_apart():
+    regions = (Box(1, 2, 3, 4), Quad(((1, 1), (2, 1), (2, 2), (1, 2))))
+    picture = PictureView("a.png", "data:,", (10, 10), regions)
+    turn = (text("a", learned=True),)
+
+    html = page(head(), [SampleView("r", None, turns=(turn,), pictures=(picture,))])
+
+    assert "1 box drawn · 1 quad drawn" in html
 
 
 def test_a_picture_keeps_its_proportions_within_the_bounds_of_the_page():

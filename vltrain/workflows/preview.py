@@ -18,7 +18,7 @@ from vltrain.data.checks import Finding, check_files
 from vltrain.data.conversation import Conversation, ImagePart
 from vltrain.data.encoding import Processor, Sample, encode_conversation
 from vltrain.data.formats import conversation_from_record, record_id
-from vltrain.data.grounding import Box, parse_boxes
+from vltrain.data.grounding import Region, parse_regions
 from vltrain.data.images import open_image, resolve_image
 from vltrain.data.pieces import Piece, pieces_of
 from vltrain.data.records import Record, Unreadable
@@ -186,19 +186,19 @@ def turns_of(sample: Sample, processor: ReadableProcessor) -> tuple[tuple[Piece,
     return tuple(tuple(turn) for turn in turns)
 
 
-def boxes_of_pictures(conversation: Conversation) -> list[list[Box]]:
-    """The boxes to draw on each picture: a box is on the last picture before it.
+def regions_of_pictures(conversation: Conversation) -> list[list[Region]]:
+    """The boxes and quads to draw on each picture: each is on the last picture before it.
 
     What the text does not say is guessed: where there are several pictures, a box may mean an
-    earlier one. Boxes before the first picture are on the first.
+    earlier one. Those before the first picture are on the first.
     """
-    boxes: list[list[Box]] = [[]]  # before the first picture, then of each
+    regions: list[list[Region]] = [[]]  # before the first picture, then of each
     for part in (part for turn in conversation.turns for part in turn.parts):
         if isinstance(part, ImagePart):
-            boxes.append([])
+            regions.append([])
         else:
-            boxes[-1] += parse_boxes(part.text)[0]
-    early, *drawn = boxes
+            regions[-1] += parse_regions(part.text)[0]
+    early, *drawn = regions
     if drawn:
         drawn[0] = early + drawn[0]
     return drawn
@@ -207,9 +207,9 @@ def boxes_of_pictures(conversation: Conversation) -> list[list[Box]]:
 def _picture_views(
     conversation: Conversation, record: Record, image_root: Path | None
 ) -> Iterator[PictureView]:
-    drawn = boxes_of_pictures(conversation)
-    for source, boxes in zip(conversation.image_sources, drawn, strict=True):
-        view = PictureView(source, boxes=tuple(boxes))
+    drawn = regions_of_pictures(conversation)
+    for source, regions in zip(conversation.image_sources, drawn, strict=True):
+        view = PictureView(source, regions=tuple(regions))
         try:
             path = resolve_image(source, data_file=record.file, image_root=image_root)
             image = open_image(path)

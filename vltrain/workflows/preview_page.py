@@ -13,7 +13,7 @@ from html import escape
 from itertools import count
 
 from vltrain.data.checks import Finding
-from vltrain.data.grounding import GRID, Box
+from vltrain.data.grounding import GRID, Box, Quad, Region
 from vltrain.data.pieces import Piece
 from vltrain.data.statistics import Summary
 from vltrain.workflows.preview_style import STYLE
@@ -35,7 +35,7 @@ class PictureView:
     source: str  # as the record has it
     data_uri: str | None = None
     size: tuple[int, int] | None = None  # width and height in pixels, of the file
-    boxes: tuple[Box, ...] = ()
+    regions: tuple[Region, ...] = ()  # boxes and quads to draw on it
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,16 @@ def _counts(sample: SampleView, max_length: int | None) -> str:
     if not sample.turns:
         return '<p class="counts">cannot be laid out: the model gets nothing of it</p>'
     share = sample.learned_tokens / sample.tokens
-    boxes = sum(len(picture.boxes) for picture in sample.pictures)
+    regions = [region for picture in sample.pictures for region in picture.regions]
+    quads = sum(isinstance(region, Quad) for region in regions)
     over = max_length is not None and sample.tokens > max_length
     length = f"{sample.tokens:,} tokens" + (f", more than {max_length:,}" if over else "")
     parts = [
         f'<span class="error">{length}</span>' if over else length,
         f"{sample.learned_tokens:,} learned ({share:.1%})",
         _number(len(sample.pictures), "picture"),
-        f"{_number(boxes, 'box', 'boxes')} drawn",
+        f"{_number(len(regions) - quads, 'box', 'boxes')} drawn",
+        *([f"{_number(quads, 'quad')} drawn"] if quads else []),
     ]
     return f'<p class="counts">{" · ".join(parts)}</p>'
 
@@ -234,12 +236,12 @@ def _picture(view: PictureView, number: int) -> str:
             '<figure><p class="missing">cannot be opened</p>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
-    boxes = "".join(_box(box, n) for n, box in enumerate(view.boxes))
+    regions = "".join(_region(region, n) for n, region in enumerate(view.regions))
     width, height = view.size
     shown_width, shown_height = _shown_size(width, height)
     return (
         f'<figure><div class="picture"><img src="{escape(view.data_uri)}" alt="" '
-        f'width="{shown_width}" height="{shown_height}">{boxes}</div>'
+        f'width="{shown_width}" height="{shown_height}">{regions}</div>'
         f"<figcaption>{caption} <span>{width:,} × {height:,} pixels</span></figcaption></figure>"
     )
 
@@ -251,17 +253,39 @@ def _shown_size(width: int, height: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _box(box: Box, number: int) -> str:
-    """A frame over the picture, placed in per cent of it, with its label."""
-    colour = _COLOURS[number % len(_COLOURS)]
+def _region(region: Region, number: int) -> str:
+    """A frame over the picture, placed in per cent of it, with its label.
+
+    A quad's frame is the rectangle around it, in which its four sides are drawn.
+    """
+    around = region if isinstance(region, Box) else _around(region)
     place = {
-        "left": box.x1,
-        "top": box.y1,
-        "width": box.x2 - box.x1,
-        "height": box.y2 - box.y1,
+        "left": around.x1,
+        "top": around.y1,
+        "width": around.x2 - around.x1,
+        "height": around.y2 - around.y1,
     }
     style = ";".join(f"{name}:{value * 100 / GRID:g}%" for name, value in place.items())
-    inside = " in" if box.y1 < _LABEL_ROOM else ""
-    leftward = " left" if box.x1 > GRID / 2 else ""
-    label = f'<span class="label{inside}{leftward}">{visible(box.ref)}</span>' if box.ref else ""
-    return f'<div class="box" style="{style};--colour:{colour}">{label}</div>'
+    colour = _COLOURS[number % len(_COLOURS)]
+    inside = " in" if around.y1 < _LABEL_ROOM else ""
+    leftward = " left" if around.x1 > GRID / 2 else ""
+    ref = region.ref
+    label = f'<span class="label{inside}{leftward}">{visible(ref)}</span>' if ref else ""
+    shape, sides = ("quad", _sides(region, around)) if isinstance(region, Quad) else ("box", "")
+    return f'<div class="{shape}" style="{style};--colour:{colour}">{sides}{label}</div>'
+
+
+def _around(quad: Quad) -> Box:
+    """The smallest box that holds a quad."""
+    xs, ys = zip(*quad.corners, strict=True)
+    return Box(min(xs), min(ys), max(xs), max(ys), quad.ref)
+
+
+def _sides(quad: Quad, around: Box) -> str:
+    """A quad's outline, stretched over the box around it."""
+    points = " ".join(f"{x - around.x1},{y - around.y1}" for x, y in quad.corners)
+    width, height = (max(1, side) for side in (around.x2 - around.x1, around.y2 - around.y1))
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">'
+        f'<polygon points="{points}"/></svg>'
+    )

@@ -45,6 +45,10 @@ figcaption { font-size: 12.5px; color: #59636e; overflow-wrap: anywhere; }
 .missing { background: #ffdfdc; color: #8a1510; border-radius: 6px; padding: 10px; margin: 0;
   font-size: 13px; }
 .box { position: absolute; border: 2px solid var(--colour); box-shadow: 0 0 0 1px #ffffffa0; }
+.quad { position: absolute; }
+.quad svg { position: absolute; width: 100%; height: 100%; overflow: visible; }
+.quad polygon { fill: none; stroke: var(--colour); stroke-width: 2px;
+  vector-effect: non-scaling-stroke; }
 .label { position: absolute; left: -2px; bottom: 100%; background: var(--colour); color: #fff;
   font-size: 12px; line-height: 1.35; padding: 0 5px; white-space: nowrap; max-width: 220px;
   overflow: hidden; text-overflow: ellipsis; }
