@@ -13,7 +13,7 @@ from tiny import write_conversations, write_qwen_vl
 from vltrain.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vltrain.data.grounding import Box, Quad
 from vltrain.errors import VltrainError
-from vltrain.workflows.preview import regions_of_pictures, chosen_entries, preview
+from vltrain.workflows.preview import chosen_entries, preview, regions_of_pictures
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
