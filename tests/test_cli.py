@@ -18,6 +18,7 @@ import vltrain.workflows.train
 from vltrain.cli import app, main
 from vltrain.config import load_recipe
 from vltrain.data.coco import CATEGORY_QUESTION
+from vltrain.data.pictures import Pictures
 from vltrain.data.refcoco import EXPRESSION_QUESTION
 from vltrain.errors import VltrainError
 
@@ -159,7 +160,7 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
         (
             "answer_file",
             ("org/name@v1", Path("q.json"), Path("a.jsonl")),
-            {"batch_size": 4, "max_new_tokens": 512, "image_root": None},
+            {"batch_size": 4, "max_new_tokens": 512, "pictures": Pictures()},
         )
     ]
 
@@ -227,14 +228,14 @@ def test_demo_writes_or_scores(called: list[tuple]):
 def test_preview_gets_data_model_page_and_choice(called: list[tuple]):
     type_in("preview", "a.json", "b.json", "--model", "base", "-o", "p.html", "--samples", "3")
 
-    named = {"model": "base", "samples": 3, "seed": 0, "image_root": None, "max_length": None}
+    named = {"model": "base", "samples": 3, "seed": 0, "pictures": Pictures(), "max_length": None}
     assert called == [("preview", ([Path("a.json"), Path("b.json")], Path("p.html")), named)]
 
 
 def test_stats_gets_data_model_and_limit(called: list[tuple]):
     type_in("stats", "a.json", "--model", "base", "--max-length", "64", "--json")
 
-    named = {"model": "base", "image_root": None, "max_length": 64, "as_json": True}
+    named = {"model": "base", "pictures": Pictures(), "max_length": 64, "as_json": True}
     assert called == [("stats", ([Path("a.json")],), named)]
 
 

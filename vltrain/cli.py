@@ -14,6 +14,7 @@ from vltrain.workflows.quiet import quiet_loggers
 
 if TYPE_CHECKING:
     from vltrain.config import Method
+    from vltrain.data.pictures import Pictures
 
 app = typer.Typer(
     name="vltrain",
@@ -88,6 +89,14 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"vltrain {__version__}")
         raise typer.Exit
+
+
+def _pictures(image_root: Path | None) -> "Pictures":
+    """Where a command looks for pictures: a recipe's defaults, but for what is said here."""
+    from vltrain.config import DataConfig
+    from vltrain.data.pictures import pictures_of
+
+    return pictures_of(DataConfig(files=(), image_root=image_root))
 
 
 @app.callback()
@@ -199,7 +208,7 @@ def chat(
         answers,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        image_root=image_root,
+        pictures=_pictures(image_root),
     )
 
 
@@ -237,7 +246,7 @@ def check(
     raise typer.Exit(
         check_data(
             data,
-            image_root=image_root,
+            pictures=_pictures(image_root),
             model=model,
             max_length=max_length,
             too_long=too_long,
@@ -346,7 +355,7 @@ def preview(
         model=model,
         samples=samples,
         seed=seed,
-        image_root=image_root,
+        pictures=_pictures(image_root),
         max_length=max_length,
     )
 
@@ -371,7 +380,9 @@ def stats(
     """
     from vltrain.workflows.stats import stats as print_stats
 
-    print_stats(data, model=model, image_root=image_root, max_length=max_length, as_json=as_json)
+    print_stats(
+        data, model=model, pictures=_pictures(image_root), max_length=max_length, as_json=as_json
+    )
 
 
 @app.command()

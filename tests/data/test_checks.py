@@ -12,6 +12,7 @@ from vltrain.data.checks import Checker, Finding, check_files
 from vltrain.data.faults import Fault
 from vltrain.data.grounding import parse_boxes
 from vltrain.data.images import open_image
+from vltrain.data.pictures import Pictures
 from vltrain.data.records import Record, Unreadable
 
 EXAMPLES = Path(__file__).parents[2] / "data_examples"
@@ -61,6 +62,7 @@ def turns(*pairs):
         (record("<img>file:///good.png</img>q", "a"), "unknown_scheme"),
         (record("<img>ftp://x.org/good.png</img>q", "a"), "unknown_scheme"),
         (record("<img>https://x.org/good.png</img>q", "a"), "url"),
+        (record("<img>data:image/png;base64,*</img>q", "a"), "bad_data_uri"),
         (record("q", "<box>(1,2),(3)</box>"), "malformed_box"),
         (record("q", "<box>(1,2),(3,4000)</box>"), "box_out_of_range"),
         (record("q", "<box>(9,2),(3,4)</box>"), "inverted_box"),
@@ -150,7 +152,7 @@ def test_all_findings_of_all_records_are_reported_together(folder):
 
 
 def test_a_missing_picture_says_where_it_was_looked_for(folder):
-    report = checked(folder, record("<img>no.png</img>q", "a"), image_root=folder / "pics")
+    report = checked(folder, record("<img>no.png</img>q", "a"), pictures=Pictures(folder / "pics"))
 
     assert report.findings[0].message.endswith(
         f"looked for {folder}/pics/no.png, {folder}/no.png, {folder}/elsewhere/no.png"

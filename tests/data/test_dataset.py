@@ -1,5 +1,6 @@
 """Records to samples with pictures."""
 
+import base64
 import pickle
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_a_sample_brings_its_pictures_pixels(tmp_path):
     assert sample["pixel_values"][:, :, 0, 0].tolist() == [[10, 20, 30], [40, 50, 60]]
     assert len(sample["input_ids"]) == len(sample["labels"]) == samples.lengths[0]
     assert sample["record"] == "train.json#0"
+
+
+def test_a_pictures_bytes_may_stand_in_the_record(tmp_path):
+    Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "a.png")
+    content = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{content}"}}
+    value = {
+        "messages": [
+            {"role": "user", "content": [part, {"type": "text", "text": "q"}]},
+            {"role": "assistant", "content": "a"},
+        ]
+    }
+
+    sample = SampleDataset(records_of(value), LETTERS)[0]
+
+    assert sample["pixel_values"][:, :, 0, 0].tolist() == [[10, 20, 30]]
 
 
 def test_boxes_in_pixels_are_measured_on_the_picture_beside_the_data_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Finding pictures and opening them, whatever kind they are."""
+"""Opening pictures, whatever kind they are, and telling what is wrong with them."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,9 @@ from PIL import Image
 
 from vltrain.data.faults import Fault
 from vltrain.data.images import (
-    header_size,
-    image_candidates,
-    image_size,
     open_image,
     picture_faults,
-    resolve_image,
+    picture_size,
 )
 from vltrain.errors import VltrainError
 
@@ -29,98 +26,6 @@ def noise(path: Path) -> Path:
     pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
-
-
-def test_a_pictures_size_is_its_width_and_height(tmp_path):
-    saved(tmp_path / "a.png", size=(8, 6))
-
-    assert image_size("a.png", image_root=tmp_path) == (8, 6)
-
-
-def test_the_size_of_what_is_no_picture_is_a_fault(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no picture")
-
-    for name, kind in (("a.png", "broken_picture"), ("b.png", "missing_picture")):
-        fault = image_size(name, image_root=tmp_path)
-        assert isinstance(fault, Fault)
-        assert fault.kind == kind
-
-
-def test_a_picture_is_looked_for_in_the_root_then_beside_the_data_then_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    root, data_file = tmp_path / "root", tmp_path / "data" / "train.json"
-    here = saved(tmp_path / "a.png")
-
-    def found():
-        return resolve_image("a.png", data_file=data_file, image_root=root)
-
-    assert found() == here
-    beside = saved(tmp_path / "data" / "a.png")
-    assert found() == beside
-    rooted = saved(root / "a.png")
-    assert found() == rooted
-
-
-def test_a_missing_picture_is_an_error_that_says_where_it_looked(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    with pytest.raises(VltrainError) as caught:
-        resolve_image(
-            "a.png", data_file=Path("data/train.json"), image_root=Path("/pics"), where="t#3"
-        )
-
-    assert str(caught.value).startswith(
-        f"t#3: picture 'a.png' is missing; looked for /pics/a.png, {tmp_path}/data/a.png, "
-        f"{tmp_path}/a.png\n  fix: "
-    )
-
-
-def test_absolute_paths_and_paths_above_the_data_are_fine(tmp_path):
-    picture = saved(tmp_path / "pics" / "a.png")
-    data_file = tmp_path / "data" / "train.json"
-    data_file.parent.mkdir()
-
-    assert resolve_image(str(picture), data_file=data_file) == picture
-    assert resolve_image("../pics/a.png", data_file=data_file).samefile(picture)
-
-
-def test_the_same_place_is_named_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    assert image_candidates("a.png", data_file=Path("train.json"), image_root=Path(".")) == [
-        str(tmp_path / "a.png")
-    ]
-
-
-@pytest.mark.parametrize("name", ["a b.png", "photo:1.png", "猫.png", "100%.png", "a#b?.png"])
-def test_odd_file_names_are_names(tmp_path, name):
-    picture = saved(tmp_path / name)
-
-    assert resolve_image(name, image_root=tmp_path) == picture
-
-
-@pytest.mark.parametrize(
-    ("source", "what"),
-    [
-        ("", "a picture has no path"),
-        ("http://x.org/a.png", "is a URL, and pictures are not downloaded"),
-        ("HTTPS://x.org/a.png", "is a URL, and pictures are not downloaded"),
-        ("file:///a.png", "has the unknown scheme file:"),
-        ("file:a.png", "has the unknown scheme file:"),
-        ("data:image/png;base64,AAAA", "has the unknown scheme data:"),
-        ("s3://bucket/a.png", "has the unknown scheme s3:"),
-        ("a\0b.png", "is missing"),
-        ("a" * 5000, "is missing"),
-    ],
-)
-def test_what_is_no_files_path_is_refused_with_a_reason(source, what):
-    with pytest.raises(VltrainError, match=what):
-        resolve_image(source)
-
-
-def test_a_folder_is_no_picture(tmp_path):
-    with pytest.raises(VltrainError, match="is missing"):
-        resolve_image(tmp_path.name, image_root=tmp_path.parent)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +106,25 @@ def test_a_file_cut_short_is_found_by_its_end(tmp_path, ending):
     assert [fault.kind for fault in picture_faults(cut, decode=False)] == ["broken_picture"]
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif"])
+def test_bytes_in_memory_are_looked_at_as_a_file_is(tmp_path, ending):
+    path = noise(tmp_path / f"a.{ending}")
+    content = path.read_bytes()
+
+    assert open_image(content).tobytes() == open_image(path).tobytes()
+    assert picture_size(content) == (64, 64)
+    assert picture_faults(content, decode=False) == []
+    cut = picture_faults(content[: len(content) // 2], name="row 3", decode=False)
+    assert [fault.kind for fault in cut] == ["broken_picture"]
+    assert cut[0].message.startswith("picture row 3 cannot be read (")
+
+
+def test_no_bytes_in_memory_are_an_empty_picture():
+    assert [fault.kind for fault in picture_faults(b"")] == ["zero_size_picture"]
+    with pytest.raises(VltrainError, match=r"^t#1: picture in memory is empty \(0 bytes\)"):
+        open_image(b"", where="t#1")
+
+
 def test_bytes_behind_a_pictures_end_are_no_fault(tmp_path):
     path = noise(tmp_path / "a.jpg")
     path.write_bytes(path.read_bytes() + bytes(5000))
@@ -231,8 +155,10 @@ def test_a_pictures_size_is_read_from_its_header(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[:400])
     (tmp_path / "no.png").write_text("no picture")
 
-    assert header_size(tmp_path / "cut.png") == (64, 64)
-    assert header_size(tmp_path / "no.png") is None
+    assert picture_size(tmp_path / "cut.png") == (64, 64)
+    fault = picture_size(tmp_path / "no.png")
+    assert isinstance(fault, Fault)
+    assert fault.kind == "broken_picture"
 
 
 @pytest.mark.parametrize(

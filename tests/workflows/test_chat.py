@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import IMAGE_START_ID, write_qwen_vl
 
 from vltrain.config import FreezeConfig
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
 from vltrain.models.adapters import Adapter, add_lora
@@ -67,7 +68,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_every_assistant_turn_is_asked_under_its_place_in_the_file(data: Path, console: Console):
-    asked = [(q.record.index, q.turn, q.expected) for q in read_questions(data, None, console)]
+    asked = [
+        (q.record.index, q.turn, q.expected) for q in read_questions(data, LOCAL_PICTURES, console)
+    ]
 
     assert asked == [(0, 1, "1"), (0, 3, "2"), (1, 0, "hello"), (1, 2, ""), (2, 2, "好")]
 
@@ -76,9 +79,9 @@ def test_a_prompt_has_the_earlier_turns_as_the_file_has_them(
     data: Path, model: Path, console: Console
 ):
     processor = load_processor(model)
-    questions = read_questions(data, None, console)
+    questions = read_questions(data, LOCAL_PICTURES, console)
 
-    prompts = [prompt_of(question, processor, None).input_ids for question in questions]
+    prompts = [prompt_of(question, processor, LOCAL_PICTURES).input_ids for question in questions]
 
     picture = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
     assert prompts[0] == ids(SYSTEM + b"\x01user\none\x02\n\x01assistant\n")
@@ -111,11 +114,11 @@ def test_questions_of_other_formats_are_asked_too(tmp_path: Path, model: Path, c
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, values)))
 
-    questions = read_questions(file, None, console)
+    questions = read_questions(file, LOCAL_PICTURES, console)
 
     assert [(q.record.index, q.turn, q.expected) for q in questions] == [(0, 1, "a"), (1, 1, "b")]
     picture = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
-    prompt = prompt_of(questions[0], load_processor(model), None)
+    prompt = prompt_of(questions[0], load_processor(model), LOCAL_PICTURES)
     assert prompt.input_ids == [
         *ids(b"\x01system\nS\x02\n\x01user\n"),
         *picture,
@@ -128,11 +131,11 @@ def test_a_prompts_pictures_are_those_of_the_turns_before_it(
     data: Path, model: Path, console: Console
 ):
     processor = load_processor(model)
-    before, _, opening, with_picture, _ = read_questions(data, None, console)
+    before, _, opening, with_picture, _ = read_questions(data, LOCAL_PICTURES, console)
 
-    assert prompt_of(before, processor, None).load_pixels is None
-    assert prompt_of(opening, processor, None).load_pixels is None
-    pixels = prompt_of(with_picture, processor, None).load_pixels()
+    assert prompt_of(before, processor, LOCAL_PICTURES).load_pixels is None
+    assert prompt_of(opening, processor, LOCAL_PICTURES).load_pixels is None
+    pixels = prompt_of(with_picture, processor, LOCAL_PICTURES).load_pixels()
     assert pixels.shape == (1, 3, 56, 56)
     assert torch.allclose(pixels[0, 0], torch.tensor((1 - 0.48145466) / 0.26862954))
 
@@ -273,7 +276,9 @@ def test_pictures_are_looked_up_under_the_image_root(tmp_path: Path, model: Path
     data = write_data(tmp_path, [turn("user", "<img>a.png</img>a"), turn("assistant", "a")])
     output = tmp_path / "answers.jsonl"
 
-    answer_file(str(model), data, output, max_new_tokens=1, image_root=pictures, console=console)
+    answer_file(
+        str(model), data, output, max_new_tokens=1, pictures=Pictures(pictures), console=console
+    )
 
     assert len(rows(output)) == 1
 
@@ -282,7 +287,7 @@ def test_a_file_without_assistant_turns_has_nothing_to_answer(tmp_path: Path, co
     data = write_data(tmp_path, [turn("user", "a")])
 
     with pytest.raises(VltrainError, match="nothing"):
-        read_questions(data, None, console)
+        read_questions(data, LOCAL_PICTURES, console)
 
 
 def test_ids_that_the_model_lacks_are_refused_by_record(data: Path, model: Path, console: Console):

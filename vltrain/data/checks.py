@@ -23,9 +23,10 @@ from vltrain.data.encoding import (
 from vltrain.data.faults import Fault
 from vltrain.data.formats import Format, read_conversation, record_id
 from vltrain.data.grounding import read_boxes
-from vltrain.data.images import TURNED_PICTURE, locate_image, picture_faults
+from vltrain.data.images import TURNED_PICTURE
 from vltrain.data.markup import BOX_TAG, token_faults
 from vltrain.data.parallel import map_chunks
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures, source_key
 from vltrain.data.records import Record, Unreadable
 from vltrain.data.sources import scan_records
 
@@ -83,7 +84,7 @@ class Checker:
     """What the records of a run are held against, and the pictures it has seen."""
 
     processor: Processor | None = None  # encodes; None: lengths are not checked
-    image_root: Path | None = None
+    pictures: Pictures = LOCAL_PICTURES
     max_length: int | None = None  # tokens, image tokens included
     too_long: TooLong = "error"
     labels: LabelPolicy = "assistant"
@@ -101,7 +102,7 @@ class Checker:
         if isinstance(entry, Unreadable):
             return Examined((self._finding(entry, None, entry.fault),))
         conversation, faults = read_conversation(
-            entry.value, format=self.format, image_size=entry.image_size(self.image_root)
+            entry.value, format=self.format, image_size=self.pictures.measure(entry.file)
         )
         readable = not any(map(self._refuses, faults))
         faults += self._content_faults(conversation, entry)
@@ -142,19 +143,12 @@ class Checker:
         """What is wrong with a turn's pictures; each is looked at once, as far as is remembered."""
         sources = [part.source for part in turn.parts if isinstance(part, ImagePart)]
         for source in filter(None, sources):  # an empty path is a fault of the form
-            key = (record.file, source)
+            key = (record.file, source_key(source))
             if key not in self.seen:
                 if len(self.seen) >= MOST_PICTURES_SEEN:
                     del self.seen[next(iter(self.seen))]  # the oldest
-                self.seen[key] = self._look_at(source, record)
+                self.seen[key] = self.pictures.faults(source, record.file, decode=self.decode)
             yield from self.seen[key]
-
-    def _look_at(self, source: str, record: Record) -> list[Fault]:
-        """What is wrong with one picture of a record."""
-        found = locate_image(source, data_file=record.file, image_root=self.image_root)
-        if isinstance(found, Fault):
-            return [found]
-        return picture_faults(found, decode=self.decode)
 
     def _length_faults(self, sample: Sample, processor: Processor) -> Iterator[Fault]:
         """The fault of a sample longer than max_length: a warning where it is dropped."""
@@ -175,7 +169,7 @@ def check_files(
     files: Sequence[Path],
     *,
     processor: Processor | None = None,
-    image_root: Path | None = None,
+    pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
     too_long: TooLong = "error",
     labels: LabelPolicy = "assistant",
@@ -189,7 +183,7 @@ def check_files(
     Args:
         files: JSON lists or JSONL files.
         processor: counts tokens; without it lengths are not checked.
-        image_root: where relative picture paths are looked up first.
+        pictures: where pictures are looked up.
         max_length: tokens, image tokens included; None: any length.
         too_long: are longer samples errors, or dropped and counted?
         labels: under "reference", what the original code takes is a warning and no error.
@@ -202,7 +196,7 @@ def check_files(
     Returns:
         The findings in the order of the files and records. Never raises for faulty data.
     """
-    checker = Checker(processor, image_root, max_length, too_long, labels, decode, format)
+    checker = Checker(processor, pictures, max_length, too_long, labels, decode, format)
     records = 0
     findings: list[Finding] = []
     for count, found in map_chunks(checker.check_chunk, _entries(files), workers=workers):

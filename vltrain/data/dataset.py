@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_long_error
 from vltrain.data.formats import Format
-from vltrain.data.images import open_image, resolve_image
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.records import Record
 from vltrain.errors import VltrainError
 
@@ -52,7 +51,7 @@ class SampleDataset:
         labels: LabelPolicy = "assistant",
         max_length: int | None = None,
         too_long: TooLong = "error",
-        image_root: Path | None = None,
+        pictures: Pictures = LOCAL_PICTURES,
         format: Format = "auto",
     ) -> None:
         """Encode the records and keep those that fit.
@@ -63,7 +62,7 @@ class SampleDataset:
             labels: what is learned, as in `encode`.
             max_length: tokens, image tokens included; None: any length.
             too_long: refuse longer samples, or drop and count them.
-            image_root: where relative picture paths are looked up first.
+            pictures: where pictures are looked up.
             format: how records are read; "auto" tells by the content of each.
 
         Raises:
@@ -71,7 +70,7 @@ class SampleDataset:
         """
         self.processor = processor
         self.labels = labels
-        self.image_root = image_root
+        self.pictures = pictures
         self.format: Format = format
         self.records: list[Record] = []
         self.lengths: list[int] = []  # tokens of each sample, image tokens included
@@ -123,7 +122,10 @@ class SampleDataset:
             "record": record.name,
         }
         if sample.images:
-            pictures = [self._open(source, record) for source in sample.images]
+            pictures = [
+                self.pictures.open(source, record.file, where=record.name)
+                for source in sample.images
+            ]
             processed = self.processor.image_processor(images=pictures, return_tensors="pt")
             item["pixel_values"] = processed["pixel_values"]
         return item
@@ -135,11 +137,5 @@ class SampleDataset:
             self.labels,
             where=record.name,
             format=self.format,
-            image_size=record.image_size(self.image_root),
+            image_size=self.pictures.measure(record.file),
         )
-
-    def _open(self, source: str, record: Record) -> Any:
-        path = resolve_image(
-            source, data_file=record.file, image_root=self.image_root, where=record.name
-        )
-        return open_image(path, where=record.name)

@@ -1,17 +1,21 @@
-"""Find a picture's file, open it, and say what is wrong with it."""
+"""Find a picture's file, open it, and say what is wrong with it.
 
+A picture's place is its file, or its bytes where they are in memory already.
+"""
+
+import io
 import os
-import re
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vltrain.data.faults import Fault, error_of
 
-_SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
+Place = Path | bytes
+
 _DEEP_GREY = ("I", "F")  # modes that Pillow's convert("RGB") clips to white; "I;16" begins so
 TURNED_PICTURE = "turned_picture"  # kind of a fault that matters to records with boxes alone
 # What stands at the end of a whole file, and in how many of its last bytes: cameras write a
@@ -32,39 +36,10 @@ _DECODE_ERRORS = (
 )
 
 
-def resolve_image(
-    source: str,
-    *,
-    data_file: Path | None = None,
-    image_root: Path | None = None,
-    where: str | None = None,
-) -> Path:
-    """The file a picture is in.
-
-    Args:
-        source: a path as a record gives it, absolute or relative.
-        data_file: the file that names the picture.
-        image_root: where relative paths are looked up first.
-        where: what an error calls the record.
-
-    Raises:
-        VltrainError: no such file (says where it looked), or a URL, which is not supported.
-    """
-    found = locate_image(source, data_file=data_file, image_root=image_root)
-    if isinstance(found, Fault):
-        raise error_of([found], where or source)
-    return found
-
-
-def locate_image(
+def locate_file(
     source: str, *, data_file: Path | None = None, image_root: Path | None = None
 ) -> Path | Fault:
-    """The file a picture is in, or why there is none."""
-    if not source:
-        return Fault("empty_path", "a picture has no path", "write its path between <img> </img>")
-    scheme = _SCHEME.match(source)
-    if scheme:
-        return _scheme_fault(source, (scheme[1] or scheme[2]).lower())
+    """The file that a picture's path means, or why there is none."""
     candidates = image_candidates(source, data_file=data_file, image_root=image_root)
     for candidate in candidates:
         if os.path.isfile(candidate):  # unlike Path.is_file, false for any impossible name
@@ -73,14 +48,6 @@ def locate_image(
     message = f"picture {source!r} is missing; looked for {looked}"
     fix = "put the file there, mend the path, or set data.image_root"
     return Fault("missing_picture", message, fix)
-
-
-def image_size(
-    source: str, *, data_file: Path | None = None, image_root: Path | None = None
-) -> tuple[int, int] | Fault:
-    """Width and height in pixels, from the picture's header alone, or why they are not known."""
-    found = locate_image(source, data_file=data_file, image_root=image_root)
-    return found if isinstance(found, Fault) else _size_or_fault(found)
 
 
 def image_candidates(
@@ -105,49 +72,58 @@ def _plain(path: str) -> str:
     return path
 
 
-def open_image(path: Path, *, where: str | None = None) -> Image.Image:
+def open_image(place: Place, *, name: str | None = None, where: str | None = None) -> Image.Image:
     """The picture as RGB, decoded, its file closed.
 
     EXIF orientation is not applied (the model's original does not either). Grey deeper than
     8 bits is stretched from its darkest to its brightest value, where a plain conversion
     turns it white.
 
+    Args:
+        place: a file that exists, or bytes.
+        name: what an error calls the picture; None: its path.
+        where: what an error calls the record.
+
     Raises:
-        VltrainError: the file is no picture, or a broken one.
+        VltrainError: there is no picture in the place, or a broken one.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(_readable(place)) as image:
             return _rgb(image)
     except _DECODE_ERRORS as error:
-        raise error_of([_broken(path, error)], where or str(path)) from error
+        fault = _broken(place, name, error)
+        raise error_of([fault], where or _called(place, name)) from error
 
 
-def picture_faults(path: Path, *, decode: bool = True) -> list[Fault]:
-    """What is wrong with a picture's file.
+def picture_faults(place: Place, *, name: str | None = None, decode: bool = True) -> list[Fault]:
+    """What is wrong with a picture's bytes.
 
     Args:
-        path: a file that exists.
+        place, name: as for `open_image`.
         decode: read all of it; otherwise its header, and its end where the format marks it:
             a file that seems to be cut short is then decoded to be sure.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(_readable(place)) as image:
             size, mode = image.size, image.mode
             orientation = _orientation(image)
-            if decode or not _ends_well(path, image.format):
+            if decode or not _ends_well(place, image.format):
                 image.draft("RGB", (1, 1))  # the smallest that a JPEG can be decoded to
                 image.load()
     except _DECODE_ERRORS as error:
-        return [_broken(path, error)]
+        return [_broken(place, name, error)]
+    called = _called(place, name)
     if 0 in size:
-        message = f"picture {path} is {size[0]} x {size[1]} pixels"
+        message = f"picture {called} is {size[0]} x {size[1]} pixels"
         return [Fault("zero_size_picture", message, "replace the file")]
     if mode.startswith(_DEEP_GREY):
-        message = f"picture {path} is grey of more than 8 bits: it is stretched over its range"
+        message = f"picture {called} is grey of more than 8 bits: it is stretched over its range"
         fix = "save it with 8 bits to decide the range yourself"
         return [Fault("deep_grey", message, fix, "warning")]
     if orientation in range(2, 9):
-        message = f"picture {path} is turned by viewers (EXIF orientation {orientation}), not here"
+        message = (
+            f"picture {called} is turned by viewers (EXIF orientation {orientation}), not here"
+        )
         fix = "save it upright, or measure its boxes on the picture as it is stored"
         return [Fault(TURNED_PICTURE, message, fix, "warning")]
     return []
@@ -164,9 +140,9 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _ends_well(path: Path, format: str | None) -> bool:
+def _ends_well(place: Place, format: str | None) -> bool:
     """Does a picture's file end as its format says? True where the format does not say."""
-    with open(path, "rb") as file:
+    with open(place, "rb") if isinstance(place, Path) else io.BytesIO(place) as file:
         length = file.seek(0, os.SEEK_END)
         if format == "WEBP":
             file.seek(4)  # behind "RIFF": how many bytes follow
@@ -176,18 +152,23 @@ def _ends_well(path: Path, format: str | None) -> bool:
         return mark in file.read(tail_bytes)
 
 
-def header_size(path: Path) -> tuple[int, int] | None:
-    """Width and height in pixels as the file's header has them; None where it is no picture."""
-    size = _size_or_fault(path)
-    return None if isinstance(size, Fault) else size
-
-
-def _size_or_fault(path: Path) -> tuple[int, int] | Fault:
+def picture_size(place: Place, *, name: str | None = None) -> tuple[int, int] | Fault:
+    """Width and height in pixels as a picture's header has them, or why it has none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(_readable(place)) as image:
             return image.size
     except _DECODE_ERRORS as error:
-        return _broken(path, error)
+        return _broken(place, name, error)
+
+
+def _readable(place: Place) -> Path | io.BytesIO:
+    """What Pillow opens."""
+    return place if isinstance(place, Path) else io.BytesIO(place)
+
+
+def _called(place: Place, name: str | None) -> str:
+    """What a message calls a picture."""
+    return name or (str(place) if isinstance(place, Path) else "in memory")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -200,22 +181,23 @@ def _rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _broken(path: Path, error: BaseException) -> Fault:
-    """Why a file could not be read as a picture."""
+def _broken(place: Place, name: str | None, error: BaseException) -> Fault:
+    """Why some bytes could not be read as a picture."""
+    called = _called(place, name)
     if isinstance(error, Image.DecompressionBombError):
-        message = f"picture {path} has too many pixels: {error}"
+        message = f"picture {called} has too many pixels: {error}"
         return Fault("huge_picture", message, "save it smaller; the model sees far fewer pixels")
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return Fault("zero_size_picture", f"picture {path} is empty (0 bytes)", "replace the file")
-    message = f"picture {path} cannot be read ({type(error).__name__}: {error})"
+    if _is_empty(place):
+        message = f"picture {called} is empty (0 bytes)"
+        return Fault("zero_size_picture", message, "replace the file")
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
+        reason = "it begins like no known kind of picture"
+    message = f"picture {called} cannot be read ({reason})"
     return Fault("broken_picture", message, "replace the file, or remove the record")
 
 
-def _scheme_fault(source: str, scheme: str) -> Fault:
-    """Why a URL is no picture's place."""
-    shown = source if len(source) <= 80 else source[:77] + "…"
-    if scheme in ("http", "https"):
-        message = f"picture {shown!r} is a URL, and pictures are not downloaded"
-        return Fault("url", message, "download it and write the file's path")
-    message = f"picture {shown!r} has the unknown scheme {scheme}:"
-    return Fault("unknown_scheme", message, "write the path of a file, without a scheme")
+def _is_empty(place: Place) -> bool:
+    if isinstance(place, bytes):
+        return not place
+    return os.path.isfile(place) and os.path.getsize(place) == 0

@@ -5,13 +5,10 @@ names it in every error: `train.json#17`.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vltrain.data.faults import Fault
-from vltrain.data.images import image_size
-from vltrain.data.swift import ImageSize
 
 
 @dataclass(frozen=True)
@@ -26,10 +23,6 @@ class Record:
     def name(self) -> str:
         """What errors call it."""
         return f"{self.file.name}#{self.index}"
-
-    def image_size(self, image_root: Path | None) -> ImageSize:
-        """What measures the record's pictures, for boxes that are written in pixels."""
-        return partial(image_size, data_file=self.file, image_root=image_root)
 
 
 @dataclass(frozen=True)

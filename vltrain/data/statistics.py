@@ -3,6 +3,7 @@
 `collect` reads, `summarise` counts; nothing of a picture but its header is read.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 
 from vltrain.data.conversation import Conversation
 from vltrain.data.encoding import Processor, encode_conversation
+from vltrain.data.faults import Fault
 from vltrain.data.formats import conversation_from_record
 from vltrain.data.grounding import parse_boxes
-from vltrain.data.images import header_size, locate_image
+from vltrain.data.images import picture_size
 from vltrain.data.packing import pack
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.records import Record
 from vltrain.data.scripts import script_of
 from vltrain.data.sources import scan_records
@@ -35,8 +38,9 @@ class Collected:
     image_counts: list[int] = field(default_factory=list)
     box_counts: list[int] = field(default_factory=list)
     scripts: Counter[str] = field(default_factory=Counter)  # samples of each
-    # Width and height in pixels of every file; None where it is no picture.
-    image_sizes: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
+    # Width and height in pixels of every file, and of bytes in memory by their SHA-256; None
+    # where it is no picture.
+    image_sizes: dict[Path | bytes, tuple[int, int] | None] = field(default_factory=dict)
     missing_images: int = 0  # pictures that no file was found for
 
 
@@ -61,7 +65,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureCounts:
     """The pictures of data files."""
 
     total: int  # a file that several samples show counts for each
@@ -93,7 +97,7 @@ class Summary:
     learned_share: float
     lengths: Spread | None  # None: no record could be laid out
     histogram: tuple[Bin, ...]
-    pictures: Pictures
+    pictures: PictureCounts
     boxes: int
     samples_with_boxes: int
     scripts: dict[str, int]  # samples of each, most frequent first
@@ -102,7 +106,7 @@ class Summary:
 
 
 def collect(
-    files: Iterable[Path], processor: Processor, *, image_root: Path | None = None
+    files: Iterable[Path], processor: Processor, *, pictures: Pictures = LOCAL_PICTURES
 ) -> Collected:
     """Read data files once; records that cannot be laid out are counted and left out."""
     collected = Collected()
@@ -115,13 +119,13 @@ def collect(
             collected.records += 1
             try:
                 conversation = conversation_from_record(
-                    entry.value, where=entry.name, image_size=entry.image_size(image_root)
+                    entry.value, where=entry.name, image_size=pictures.measure(entry.file)
                 )
             except VltrainError:
                 collected.refused += 1
                 continue
             _count_sample(collected, conversation, processor)
-            _count_pictures(collected, conversation, entry, image_root)
+            _count_pictures(collected, conversation, entry, pictures)
     return collected
 
 
@@ -199,20 +203,23 @@ def _count_sample(collected: Collected, conversation: Conversation, processor: P
 
 
 def _count_pictures(
-    collected: Collected, conversation: Conversation, record: Record, image_root: Path | None
+    collected: Collected, conversation: Conversation, record: Record, pictures: Pictures
 ) -> None:
     for source in conversation.image_sources:
-        found = locate_image(source, data_file=record.file, image_root=image_root)
-        if not isinstance(found, Path):
+        place = pictures.locate(source, record.file)
+        if isinstance(place, Fault):
             collected.missing_images += 1
-        elif found not in collected.image_sizes:
-            collected.image_sizes[found] = header_size(found)
+            continue
+        key = place if isinstance(place, Path) else hashlib.sha256(place).digest()
+        if key not in collected.image_sizes:
+            size = picture_size(place)
+            collected.image_sizes[key] = None if isinstance(size, Fault) else size
 
 
-def _pictures(collected: Collected) -> Pictures:
+def _pictures(collected: Collected) -> PictureCounts:
     sizes = [size for size in collected.image_sizes.values() if size is not None]
     broken = len(collected.image_sizes) - len(sizes)
-    return Pictures(
+    return PictureCounts(
         total=sum(collected.image_counts),
         per_sample=dict(sorted(Counter(collected.image_counts).items())),
         files=len(sizes),

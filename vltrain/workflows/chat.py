@@ -22,7 +22,7 @@ from vltrain.data.checks import check_files
 from vltrain.data.conversation import ImagePart, Turn
 from vltrain.data.encoding import Processor, prompt_ids
 from vltrain.data.formats import conversation_from_record, read_turns
-from vltrain.data.images import open_image, resolve_image
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.records import Record
 from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
@@ -70,7 +70,7 @@ def answer_file(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 512,
-    image_root: Path | None = None,
+    pictures: Pictures = LOCAL_PICTURES,
     console: Console | None = None,
 ) -> None:
     """Answer every assistant turn of a data file and write one JSON object for each.
@@ -84,7 +84,7 @@ def answer_file(
         output: JSONL to write; an older file of that name is replaced once all is answered.
         batch_size: questions answered side by side.
         max_new_tokens: tokens after which an answer is cut.
-        image_root: where relative picture paths are looked up first.
+        pictures: where pictures are looked up.
         console: where progress is shown; default stderr.
 
     Raises:
@@ -92,11 +92,11 @@ def answer_file(
     """
     console = console or Console(stderr=True)
     hide_weight_bars()
-    questions = read_questions(questions_file, image_root, console)
+    questions = read_questions(questions_file, pictures, console)
     folder = resolve_model(model).path
     task = {
         "questions": hashlib.sha256(questions_file.read_bytes()).hexdigest(),
-        "image_root": None if image_root is None else str(image_root),
+        "image_root": None if pictures.image_root is None else str(pictures.image_root),
         "model": fingerprint(folder),
         "max_new_tokens": max_new_tokens,
     }
@@ -106,7 +106,7 @@ def answer_file(
     if kept:
         console.print(f"going on behind {len(kept)} answers of {draft}", soft_wrap=True)
     network, processor = load_for_answers(folder)
-    prompts = [prompt_of(q, processor, image_root) for q in questions[len(kept) :]]
+    prompts = [prompt_of(q, processor, pictures) for q in questions[len(kept) :]]
     refuse_foreign_ids(prompts, questions[len(kept) :], network, folder)
     answers = answer_batches(
         network, processor, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
@@ -123,7 +123,7 @@ def answer_file(
     console.print(f"done: {len(questions)} answers in {output}", soft_wrap=True)
 
 
-def read_questions(file: Path, image_root: Path | None, console: Console) -> list[Question]:
+def read_questions(file: Path, pictures: Pictures, console: Console) -> list[Question]:
     """Every assistant turn of a file, in its order.
 
     An assistant turn that opens a record is asked for too, behind nothing but the system turn;
@@ -133,13 +133,13 @@ def read_questions(file: Path, image_root: Path | None, console: Console) -> lis
         VltrainError: something keeps records from being read, missing and broken pictures
             included (`console` is told all of it); or there is nothing to answer.
     """
-    report = check_files([file], image_root=image_root, labels="reference", decode=False)
+    report = check_files([file], pictures=pictures, labels="reference", decode=False)
     if report.errors:
         print_report(replace(report, findings=report.errors), console)
     refuse_errors(report, [file], undone="asked")
     questions = []
     for record in read_records(file):
-        questions += _questions_of(record, image_root)
+        questions += _questions_of(record, pictures)
     if not questions:
         raise VltrainError.at(
             str(file),
@@ -149,9 +149,9 @@ def read_questions(file: Path, image_root: Path | None, console: Console) -> lis
     return questions
 
 
-def _questions_of(record: Record, image_root: Path | None) -> list[Question]:
+def _questions_of(record: Record, pictures: Pictures) -> list[Question]:
     """The assistant turns of one record, the first of all included."""
-    measure = record.image_size(image_root)
+    measure = pictures.measure(record.file)
     conversation = conversation_from_record(
         record.value, lenient=True, where=record.name, image_size=measure
     )
@@ -169,7 +169,7 @@ def _position(turn: Turn) -> int:
     return -1 if turn.position is None else turn.position
 
 
-def prompt_of(question: Question, processor: Processor, image_root: Path | None) -> Prompt:
+def prompt_of(question: Question, processor: Processor, pictures: Pictures) -> Prompt:
     """A question as ids; its pictures are opened when their pixels are asked for."""
     sources = [
         part.source
@@ -179,13 +179,9 @@ def prompt_of(question: Question, processor: Processor, image_root: Path | None)
     ]
 
     def load_pixels() -> Tensor:
-        name, file = question.record.name, question.record.file
-        paths = [
-            resolve_image(source, data_file=file, image_root=image_root, where=name)
-            for source in sources
-        ]
-        pictures = [open_image(path, where=name) for path in paths]
-        return processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        record = question.record
+        images = [pictures.open(s, record.file, where=record.name) for s in sources]
+        return processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     return Prompt(prompt_ids(question.before, processor), load_pixels if sources else None)
 

@@ -11,8 +11,8 @@ from vltrain.data.checks import check_files
 from vltrain.data.coco import CATEGORY_QUESTION, convert_coco, read_coco
 from vltrain.data.conversion import BoxForm, Conversion, Tally
 from vltrain.data.faults import Fault
-from vltrain.data.images import header_size, locate_image, picture_faults
 from vltrain.data.llava import convert_llava
+from vltrain.data.pictures import Pictures
 from vltrain.data.refcoco import EXPRESSION_QUESTION, convert_refcoco
 from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
@@ -47,12 +47,12 @@ class PictureFolder:
         return self._sizes[name]
 
     def _read_size(self, name: str) -> tuple[int, int] | None:
-        found = locate_image(self.source(name), data_file=self._out)
-        if isinstance(found, Fault):
+        source, pictures = self.source(name), Pictures()
+        faults = pictures.faults(source, self._out, decode=False)
+        if any(fault.grade != "warning" for fault in faults):
             return None
-        if any(fault.grade != "warning" for fault in picture_faults(found, decode=False)):
-            return None
-        return header_size(found)
+        size = pictures.size(source, self._out)
+        return None if isinstance(size, Fault) else size
 
 
 def convert_coco_file(

@@ -15,6 +15,7 @@ from vltrain.data.checks import Finding, Report, check_files
 from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import Processor
 from vltrain.data.formats import Format
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.errors import VltrainError
 
 _MOST_WORKERS = 8  # the one process that reads the files keeps no more busy
@@ -23,7 +24,7 @@ _MOST_WORKERS = 8  # the one process that reads the files keeps no more busy
 def check(
     files: Sequence[Path],
     *,
-    image_root: Path | None = None,
+    pictures: Pictures = LOCAL_PICTURES,
     model: str | None = None,
     max_length: int | None = None,
     too_long: TooLong = "error",
@@ -35,7 +36,7 @@ def check(
 
     Args:
         files: JSON lists or JSONL files.
-        image_root: where relative picture paths are looked up first.
+        pictures: where pictures are looked up.
         model: a folder or a name on the hub, whose tokenizer counts; without it lengths are
             not checked.
         max_length: tokens, image tokens included; None: any length.
@@ -53,7 +54,7 @@ def check(
         report = check_files(
             files,
             processor=processor,
-            image_root=image_root,
+            pictures=pictures,
             max_length=max_length,
             too_long=too_long,
             decode=decode,

@@ -19,7 +19,7 @@ from vltrain.data.conversation import Conversation, ImagePart
 from vltrain.data.encoding import Processor, Sample, encode_conversation
 from vltrain.data.formats import conversation_from_record, record_id
 from vltrain.data.grounding import Region, parse_regions
-from vltrain.data.images import open_image, resolve_image
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures, shown
 from vltrain.data.pieces import Piece, pieces_of
 from vltrain.data.records import Record, Unreadable
 from vltrain.data.sources import scan_records
@@ -44,7 +44,7 @@ class ViewContext:
     """What the samples of a page are made with."""
 
     processor: ReadableProcessor
-    image_root: Path | None
+    pictures: Pictures
     findings: dict[tuple[str, int | None], list[Finding]]  # of file and record
 
 
@@ -55,7 +55,7 @@ def preview(
     model: str,
     samples: int = 20,
     seed: int = 0,
-    image_root: Path | None = None,
+    pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
 ) -> None:
     """Write a page that shows samples as the model gets them; say on stdout where it is.
@@ -69,7 +69,7 @@ def preview(
         model: a folder or a name on the hub, whose tokenizer is used; no weights are loaded.
         samples: how many to show, drawn at random and kept in the order of the files.
         seed: decides which; the same seed shows the same samples.
-        image_root: where relative picture paths are looked up first.
+        pictures: where pictures are looked up.
         max_length: tokens, image tokens included; longer samples are marked.
 
     Raises:
@@ -78,15 +78,15 @@ def preview(
     """
     _refuse_place(output, files)
     processor = load_processor(model)
-    report = check_files(files, processor=processor, image_root=image_root, max_length=max_length)
+    report = check_files(files, processor=processor, pictures=pictures, max_length=max_length)
     if not report.records:
         raise VltrainError.at(
             ", ".join(str(file) for file in files),
             what="there is no record to show",
             fix="`vltrain check` says what is wrong",
         )
-    context = ViewContext(processor, image_root, _by_record(report.findings))
-    collected = collect(files, processor, image_root=image_root)
+    context = ViewContext(processor, pictures, _by_record(report.findings))
+    collected = collect(files, processor, pictures=pictures)
     views = [_sample_view(entry, context) for entry in chosen_entries(files, samples, seed)]
     head = PageHead(
         files=tuple(str(file) for file in files),
@@ -154,7 +154,7 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
     view = replace(view, id=record_id(entry.value))
     try:
         conversation = conversation_from_record(
-            entry.value, where=entry.name, image_size=entry.image_size(context.image_root)
+            entry.value, where=entry.name, image_size=context.pictures.measure(entry.file)
         )
     except VltrainError:
         raw = json.dumps(entry.value, ensure_ascii=False, indent=2)
@@ -164,7 +164,7 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
         view,
         turns=turns_of(sample, context.processor),
         learned_tokens=sample.learned_tokens,
-        pictures=tuple(_picture_views(conversation, entry, context.image_root)),
+        pictures=tuple(_picture_views(conversation, entry, context.pictures)),
     )
 
 
@@ -205,14 +205,13 @@ def regions_of_pictures(conversation: Conversation) -> list[list[Region]]:
 
 
 def _picture_views(
-    conversation: Conversation, record: Record, image_root: Path | None
+    conversation: Conversation, record: Record, pictures: Pictures
 ) -> Iterator[PictureView]:
     drawn = regions_of_pictures(conversation)
     for source, regions in zip(conversation.image_sources, drawn, strict=True):
-        view = PictureView(source, regions=tuple(regions))
+        view = PictureView(shown(source), regions=tuple(regions))
         try:
-            path = resolve_image(source, data_file=record.file, image_root=image_root)
-            image = open_image(path)
+            image = pictures.open(source, record.file)
         except VltrainError:
             yield view
             continue

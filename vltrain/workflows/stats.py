@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vltrain.config import DataConfig
-from vltrain.data.statistics import Pictures, Spread, Summary, collect, summarise
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
+from vltrain.data.statistics import PictureCounts, Spread, Summary, collect, summarise
 from vltrain.errors import VltrainError
 from vltrain.models.loading import load_processor
 
@@ -20,7 +21,7 @@ def stats(
     files: Sequence[Path],
     *,
     model: str,
-    image_root: Path | None = None,
+    pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
     as_json: bool = False,
 ) -> None:
@@ -29,7 +30,7 @@ def stats(
     Args:
         files: JSON lists or JSONL files.
         model: a folder or a name on the hub, whose tokenizer counts; no weights are loaded.
-        image_root: where relative picture paths are looked up first.
+        pictures: where pictures are looked up.
         max_length: tokens; of a packed row, and a limit to count longer samples for. None: what
             a recipe has that does not say.
         as_json: print one JSON object instead of text.
@@ -38,7 +39,7 @@ def stats(
         VltrainError: no record of the files can be read.
     """
     processor = load_processor(model)
-    collected = collect(files, processor, image_root=image_root)
+    collected = collect(files, processor, pictures=pictures)
     if not collected.lengths:
         raise VltrainError.at(
             ", ".join(str(file) for file in files),
@@ -89,7 +90,7 @@ def _length_lines(summary: Summary) -> list[str]:
     return [_spread(summary.lengths), *bars]
 
 
-def _picture_lines(pictures: Pictures) -> list[str]:
+def _picture_lines(pictures: PictureCounts) -> list[str]:
     lines = [f"{pictures.total:,} in all, {pictures.files:,} different files"]
     tallest = max(pictures.per_sample.values())
     for count, samples in pictures.per_sample.items():

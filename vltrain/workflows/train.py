@@ -17,6 +17,7 @@ from vltrain.data.checks import check_files
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import SampleDataset, split_records
 from vltrain.data.packing import PackedDataset
+from vltrain.data.pictures import pictures_of
 from vltrain.data.records import Record
 from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
@@ -131,7 +132,7 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
     report = check_files(
         files,
         processor=base.processor,
-        image_root=data.image_root,
+        pictures=pictures_of(data),
         max_length=data.max_length,
         too_long=data.too_long,
         labels=data.labels,
@@ -158,7 +159,7 @@ def _samples(records: list[Record], data: DataConfig, base: Base) -> SampleDatas
         labels=data.labels,
         max_length=data.max_length,
         too_long=data.too_long,
-        image_root=data.image_root,
+        pictures=pictures_of(data),
         format=data.format,
     )
     if not len(samples):

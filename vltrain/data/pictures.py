@@ -1,0 +1,142 @@
+"""A picture as a record names it -> its place, its size, its pixels, or what is wrong with it.
+
+A picture is named by a path or by a `data:` URI, which holds its bytes. `Pictures` is the one
+value that says where to look; all that reads records is given it.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+from PIL import Image
+
+from vltrain.config import DataConfig
+from vltrain.data.faults import Fault, error_of
+from vltrain.data.images import Place, locate_file, open_image, picture_faults, picture_size
+from vltrain.data.swift import ImageSize
+
+_SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
+_BLANKS = re.compile(r"\s+")
+_LONGEST_KEY = 500  # characters; paths are shorter
+_DATA_URI_FIX = "write data:image/png;base64, and behind it the file's bytes in base64"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where pictures are looked up. Small, and can be sent to any worker."""
+
+    image_root: Path | None = None  # where relative paths are looked up first
+
+    def locate(self, source: str, data_file: Path | None = None) -> Place | Fault:
+        """Where a picture's bytes are, or why there are none.
+
+        Args:
+            source: what a record names it by: a path, absolute or relative, or a `data:` URI.
+            data_file: the file with the record; relative paths are looked up beside it, too.
+        """
+        if not source:
+            fix = "write its path between <img> </img>"
+            return Fault("empty_path", "a picture has no path", fix)
+        match = _SCHEME.match(source)
+        scheme = (match[1] or match[2]).lower() if match else None
+        if scheme is None:
+            return locate_file(source, data_file=data_file, image_root=self.image_root)
+        if scheme == "data":
+            return bytes_of_data_uri(source)
+        return _scheme_fault(source, scheme)
+
+    def open(
+        self, source: str, data_file: Path | None = None, *, where: str | None = None
+    ) -> Image.Image:
+        """The picture as RGB, as `images.open_image` gives it.
+
+        Args:
+            source, data_file: as for `locate`.
+            where: what an error calls the record.
+
+        Raises:
+            VltrainError: the picture is missing or broken.
+        """
+        place = self.locate(source, data_file)
+        if isinstance(place, Fault):
+            raise error_of([place], where or shown(source))
+        return open_image(place, name=_name(source, place), where=where)
+
+    def size(self, source: str, data_file: Path | None = None) -> tuple[int, int] | Fault:
+        """Width and height in pixels, from the header alone, or why they are not known."""
+        place = self.locate(source, data_file)
+        if isinstance(place, Fault):
+            return place
+        return picture_size(place, name=_name(source, place))
+
+    def measure(self, data_file: Path) -> ImageSize:
+        """What gives the size of the pictures of a data file's records by their names."""
+        return partial(self.size, data_file=data_file)
+
+    def faults(
+        self, source: str, data_file: Path | None = None, *, decode: bool = True
+    ) -> list[Fault]:
+        """What is wrong with a picture; `decode` as for `images.picture_faults`."""
+        place = self.locate(source, data_file)
+        if isinstance(place, Fault):
+            return [place]
+        return picture_faults(place, name=_name(source, place), decode=decode)
+
+
+LOCAL_PICTURES = Pictures()  # beside the data file and in the working directory
+
+
+def pictures_of(config: DataConfig) -> Pictures:
+    """Where a recipe's pictures are looked up."""
+    return Pictures(config.image_root)
+
+
+def bytes_of_data_uri(uri: str) -> bytes | Fault:
+    """What a `data:` URI holds (RFC 2397), in base64 or percent-encoded.
+
+    The media type is not looked at: the bytes say themselves what they are. Blanks, and base64
+    without its `=` at the end, are read as browsers read them.
+    """
+    head, comma, content = uri.partition(",")
+    if not comma:
+        message = f"picture {shown(uri)!r} is a data: URI without a comma, so it holds nothing"
+        return Fault("bad_data_uri", message, _DATA_URI_FIX)
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(content)
+    letters = _BLANKS.sub("", unquote(content))
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: beyond ASCII
+        message = f"picture {shown(uri)!r} is a data: URI whose base64 is broken ({error})"
+        return Fault("bad_data_uri", message, _DATA_URI_FIX)
+
+
+def source_key(source: str) -> str:
+    """What a picture's name is remembered by: itself, or the digest of a name that holds bytes."""
+    if len(source) <= _LONGEST_KEY:
+        return source
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def shown(source: str) -> str:
+    """What a message calls a picture: its name, cut where it is long."""
+    return source if len(source) <= 80 else f"{source[:79]}…"
+
+
+def _name(source: str, place: Place) -> str:
+    """What a message calls a picture that is there: the path where it was found, if it has one."""
+    return str(place) if isinstance(place, Path) else shown(source)
+
+
+def _scheme_fault(source: str, scheme: str) -> Fault:
+    """Why a URL is no picture's place."""
+    if scheme in ("http", "https"):
+        message = f"picture {shown(source)!r} is a URL, and pictures are not downloaded"
+        return Fault("url", message, "download it and write the file's path")
+    message = f"picture {shown(source)!r} has the unknown scheme {scheme}:"
+    return Fault("unknown_scheme", message, "write the path of a file, without a scheme")
