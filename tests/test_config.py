@@ -10,6 +10,7 @@ from vltrain.config import (
     DataConfig,
     FreezeConfig,
     LoraConfig,
+    MixEntry,
     Recipe,
     load_recipe,
     read_resolved,
@@ -365,6 +366,49 @@ def test_packed_rows_have_no_other_order_than_their_own():
 
     assert "`group_by_length` is asked for" in fault
     assert "data.packing: false" in fault
+
+
+def test_a_mix_names_files_with_weights_or_numbers_of_samples(tmp_path: Path):
+    text = SMALLEST.replace("a.json", "[a.json, b.json]") + (
+        "  mix:\n  - {file: a.json, weight: 2}\n  - {file: b.json, samples: 100}\n"
+    )
+
+    recipe = from_file(tmp_path, text)
+
+    assert recipe.data.mix == (
+        MixEntry(Path("a.json"), weight=2.0),
+        MixEntry(Path("b.json"), samples=100),
+    )
+    assert from_file(tmp_path, recipe_to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ("[{file: c.json, weight: 1}]", "names c.json, which is none of data.files"),
+        ("[{file: a.json}]", "gives neither weight nor samples for a.json"),
+        ("[{file: a.json, weight: 1, samples: 2}]", "gives weight and samples for a.json"),
+        ("[{file: a.json, weight: 1}, {file: a.json, weight: 2}]", "names a.json 2 times"),
+        ("[{file: a.json, weight: 0}, {file: b.json, samples: 0}]", "shows no sample of any file"),
+        ("[{file: a.json, weight: -1}]", "`data.mix.weight` is -1"),
+        ("[{file: a.json, samples: 1.5}]", "`data.mix.samples` is 1.5"),
+        ("[{file: a.json, wieght: 1}]", "did you mean `data.mix.weight`?"),
+        ("[{weight: 1}]", "`data.mix.file`"),
+        ("{a.json: 2}", "`data.mix` is"),
+    ],
+)
+def test_a_mix_that_cannot_be_meant_is_refused(entries: str, words: str):
+    assert words in fault_of("data.files=[a.json, b.json]", f"data.mix={entries}")
+
+
+def test_a_mix_has_no_order_of_its_own():
+    fault = fault_of(
+        "data.files=[a.json]",
+        "data.mix=[{file: a.json, weight: 2}]",
+        "trainer.train_sampling_strategy=sequential",
+    )
+
+    assert "`sequential` is asked for" in fault
 
 
 def test_a_full_run_with_every_part_frozen_is_refused():

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from tiny import write_qwen_vl
 
+from vltrain.config import load_recipe
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "Qwen/Qwen-VL-Chat"
@@ -47,7 +49,14 @@ def workshop(tmp_path: Path) -> Path:
 def test_every_fenced_block_is_of_a_kind_that_is_tested():
     fences = re.findall(r"^```(\w*)$", README, re.M)
 
-    assert set(fences) == {"bash", "console", "json", ""}
+    assert set(fences) == {"bash", "console", "json", "yaml", ""}
+
+
+@pytest.mark.parametrize("section", blocks("yaml"))
+def test_every_section_of_a_recipe_is_read(tmp_path: Path, section: str):
+    (tmp_path / "recipe.yaml").write_text(f"model: base\noutput: run\n{section}", encoding="utf-8")
+
+    assert load_recipe(tmp_path / "recipe.yaml", method="lora").data.files
 
 
 def test_every_file_that_the_readme_names_is_there():

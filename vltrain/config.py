@@ -11,8 +11,9 @@ and is given to it by the workflow that trains.
 
 import difflib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -38,6 +39,23 @@ UserPath = Annotated[Path, AfterValidator(_at_home)]
 
 
 @dataclass(frozen=True)
+class MixEntry:
+    """How many of one file's samples an epoch shows: by `weight` or by `samples`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    file: UserPath  # one of data.files
+    weight: Annotated[float, Ge(0)] | None = None  # times an epoch shows each: 2.0 twice
+    samples: Annotated[int, Ge(0)] | None = None  # how many of them an epoch shows
+
+    def shown(self, available: int) -> int:
+        """Samples of the file that an epoch shows, where there are so many."""
+        if self.weight is None:
+            return self.samples or 0
+        return math.floor(self.weight * available + 0.5)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which files to learn from and how long a sample may be."""
 
@@ -50,6 +68,7 @@ class DataConfig:
     image_root: UserPath | None = None  # where relative picture paths start; None: beside the file
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
+    mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
     packing: bool = False  # rows of up to max_length tokens hold several samples each
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
 
@@ -322,7 +341,15 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             f"{', '.join(both)} is learned from and evaluated on",
             "evaluate on a file of its own, or on data.eval_share of this one",
         )
+    for what, fix in _mix_faults(data):
+        refuse("data.mix", what, fix)
     sampling = trainer.get("train_sampling_strategy", "random")
+    if data.mix and sampling not in ("random", "group_by_length"):
+        refuse(
+            "trainer.train_sampling_strategy",
+            f"data.mix draws samples at random, and `{sampling}` is asked for",
+            "take it out, or take out data.mix",
+        )
     if data.packing and sampling != "random":
         refuse(
             "trainer.train_sampling_strategy",
@@ -342,11 +369,31 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
         refuse("freeze", "all parts are frozen: nothing would learn", "unfreeze one of them")
 
 
+def _mix_faults(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """What is wrong with `data.mix`, and how to mend it."""
+    named = [entry.file for entry in data.mix]
+    for entry in data.mix:
+        if entry.file not in data.files:
+            files = ", ".join(map(str, data.files))
+            yield (
+                f"data.mix names {entry.file}, which is none of data.files",
+                f"name one of {files}",
+            )
+        if named.count(entry.file) > 1:
+            yield f"data.mix names {entry.file} {named.count(entry.file)} times", "name it once"
+        if (entry.weight is None) == (entry.samples is None):
+            given = "neither weight nor samples" if entry.weight is None else "weight and samples"
+            yield f"data.mix gives {given} for {entry.file}", "give one of the two"
+    if data.mix and {e.file for e in data.mix if not e.weight and not e.samples} >= {*data.files}:
+        yield "data.mix shows no sample of any file", "raise a weight or `samples` above 0"
+
+
 def _known_keys() -> list[str]:
     """Every key of a recipe, dotted; of `trainer:` those that have a default."""
     keys = [f.name for f in fields(Recipe)]
     for name, section in SECTIONS.items():
         keys += [f"{name}.{f.name}" for f in fields(section)]
+    keys += [f"data.mix.{f.name}" for f in fields(MixEntry)]
     return keys + [f"trainer.{name}" for name in TRAINER_DEFAULTS | METHOD_DEFAULTS["full"]]
 
 
@@ -364,12 +411,12 @@ def _problems(error: ValidationError, where: str, origins: dict[str, str]) -> li
     wanted: dict[str, list[str]] = {}
     problems: dict[str, VltrainError] = {}
     for finding in error.errors(include_url=False):
-        names = [str(part) for part in finding["loc"]]
+        names = [part for part in finding["loc"] if isinstance(part, str)]  # no list's index
         key = ".".join(names)
         if finding["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             problems[key] = unknown_key(_origin(key, where, origins), key, known)
             continue
-        while key not in known and names:  # an index, or the name of a union's branch
+        while key not in known and names:  # the name of a union's branch
             names.pop()
             key = ".".join(names)
         if key in NEEDED and finding["type"] in ("missing", "too_short"):

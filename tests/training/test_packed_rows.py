@@ -20,7 +20,7 @@ from vltrain.models.adapters import set_learned
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog
-from vltrain.training.trainer import RowOrder, Trainer
+from vltrain.training.trainer import Trainer, row_order
 
 ROW_TOKENS = 256
 
@@ -87,7 +87,7 @@ def test_a_row_and_its_samples_padded_have_as_much_to_learn(samples):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_rows_come_in_the_same_order_whatever_the_number_of_workers(samples, epoch):
     rows = PackedDataset(samples, ROW_TOKENS)
-    order = RowOrder(rows, seed=3)
+    order = row_order(rows, seed=3)
     order.set_epoch(epoch)
 
     batches = [
@@ -102,7 +102,7 @@ def test_rows_come_in_the_same_order_whatever_the_number_of_workers(samples, epo
 
 
 def test_the_order_of_rows_is_another_in_another_epoch(samples):
-    order = RowOrder(PackedDataset(samples, ROW_TOKENS), seed=3)
+    order = row_order(PackedDataset(samples, ROW_TOKENS), seed=3)
     first = list(order)
 
     order.set_epoch(1)

@@ -4,23 +4,27 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
 from rich.console import Console
 from tiny import write_conversations, write_qwen_vl
 from transformers import PrinterCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator
 from vltrain.data.dataset import SampleDataset
+from vltrain.data.mixing import Mix, Portion
 from vltrain.data.sources import read_records
 from vltrain.models import load_model, load_processor
 from vltrain.models.adapters import set_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.plot import plot_loss
-from vltrain.training.trainer import TokenCounts, Trainer, compute_precision
+from vltrain.training.trainer import TokenCounts, Trainer, compute_precision, sample_order
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,40 @@ def test_four_samples_at_once_lose_what_one_at_a_time_loses(base, samples, tmp_p
     assert learned[0] == learned[1]
     assert {row["padding_share"] for row in by_one} == {0.0}
     assert all(row["padding_share"] > 0 for row in at_once)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_samples_are_shuffled_as_transformers_and_accelerate_shuffle_them(epoch):
+    theirs = SeedableRandomSampler(range(50), generator=torch.Generator(), data_seed=7)
+    order = sample_order(np.ones(50, np.int32), 7)
+    for sampler in (theirs, order):
+        sampler.set_epoch(epoch)
+
+    assert list(order) == list(theirs)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_samples_are_grouped_by_length_as_transformers_groups_them(epoch):
+    lengths = [(7 * number) % 31 for number in range(100)]
+    generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+    theirs = get_length_grouped_indices(lengths, 3, generator=generator)
+
+    order = sample_order(np.array(lengths), 7, step_samples=3)
+    order.set_epoch(epoch)
+
+    assert list(order) == theirs
+
+
+@pytest.mark.parametrize("step_samples", [None, 2])
+def test_an_epoch_of_a_mix_is_what_the_mix_shows_in_another_order(step_samples):
+    mix = Mix((Portion(Path("a"), np.arange(4), 8), Portion(Path("b"), np.arange(4, 8), 2)))
+    order = sample_order(np.arange(8), 7, mix=mix, step_samples=step_samples)
+    order.set_epoch(3)
+
+    shown = mix.numbers(seed=7, epoch=3).tolist()
+    assert sorted(order) == sorted(shown)
+    assert list(order) != shown
+    assert len(order) == 10
 
 
 def test_a_logged_step_says_all_that_metrics_are_made_of(base, samples, tmp_path):

@@ -235,6 +235,21 @@ def test_a_packed_run_measures_the_eval_loss_of_one_that_is_not(base, data, tmp_
     assert packed[-1][1] == pytest.approx(padded[-1][1], rel=1e-5)
 
 
+def test_a_mix_shows_files_as_often_as_it_says_and_the_run_says_what_an_epoch_is(
+    base, data, tmp_path
+):
+    other = write_texts(tmp_path / "other.json", "a", "b", "c", "d")
+    files = f"data.files=[{data}, {other}]"
+    mix = f"data.mix=[{{file: {data}, weight: 0.5}}, {{file: {other}, samples: 6}}]"
+
+    shown = run(quick(base, data, tmp_path / "run", files, mix, "trainer.max_steps=8"))
+
+    assert "an epoch: 2 of 4 of train.json, 1 x 4 + 2 of 4 of other.json: 8 samples" in shown
+    # two epochs of 2 + 6 samples, 2 a step: all of train.json once, each other sample thrice
+    learned = [count for _, count in metrics(tmp_path / "run", "learned_tokens")]
+    assert sum(learned) == 108 + 4 * 3 * 2
+
+
 # --- a run that was cut off ---
 
 
@@ -248,11 +263,14 @@ class CutOff(BaseException):
         ("lora", ("trainer.save_steps=2",), 4),
         ("full", ("trainer.save_steps=2", "trainer.train_sampling_strategy=group_by_length"), 4),
         ("lora", ("trainer.save_steps=3", *PACKED), 3),  # in the middle of an epoch
+        ("lora", ("trainer.save_steps=2", "MIX"), 4),  # 3 steps an epoch: in the second
+        ("lora", ("trainer.save_steps=2", "MIX", *PACKED), 4),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     base, data, tmp_path, monkeypatch, method, settings, checkpoint
 ):
+    settings = [f"data.mix=[{{file: {data}, weight: 1.5}}]" if s == "MIX" else s for s in settings]
     run(quick(base, data, tmp_path / "whole", *settings, method=method))
     write = RunDir.append_metrics
 

@@ -1,21 +1,24 @@
 """The loop: `transformers.Trainer`, counting what a step really learns from."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from vltrain.data.encoding import IGNORE_INDEX
-from vltrain.data.packing import PackedDataset, Row
+from vltrain.data.mixing import Mix
+from vltrain.data.ordering import grouped_by_length
+from vltrain.data.packing import PackedDataset
 
 
 @dataclass
@@ -45,57 +48,89 @@ class TokenCounts:
         }
 
 
-class LengthGroups(Sampler[int]):
-    """Samples in random order, but neighbours of about the same length: little padding.
+class EpochOrder(Sampler[Any]):
+    """The keys of a data set in an order that is a function of the epoch alone.
 
-    The order is a function of seed and epoch alone, so a run that resumes goes on with it.
+    Every process computes all of it, so a run that resumes goes on with it. An epoch's keys are
+    kept in an array, not as a list of Python's numbers.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        """`lengths` in tokens; `batch_size`: samples between two optimizer steps."""
-        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+    def __init__(self, keys_of: Callable[[int], Iterable[Any]], count: int) -> None:
+        """`keys_of` gives the keys of an epoch, `count` of them in each."""
+        self._keys_of, self._count = keys_of, count
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._count
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._keys_of(self.epoch)
 
 
-class RowOrder(Sampler[Row]):
-    """The rows of a packed data set, packed and shuffled anew for each epoch.
+def row_order(dataset: PackedDataset, seed: int) -> EpochOrder:
+    """The rows of a packed data set, packed and shuffled anew for each epoch."""
+    return EpochOrder(lambda epoch: dataset.rows(seed=seed, epoch=epoch), len(dataset))
 
-    Every process computes all of it from seed and epoch, so a run that resumes goes on with it.
+
+def sample_order(
+    lengths: NDArray[np.integer],
+    seed: int,
+    *,
+    mix: Mix | None = None,
+    step_samples: int | None = None,
+) -> EpochOrder:
+    """The samples of an epoch, shuffled anew for each: without a mix as `transformers` does.
+
+    Args:
+        lengths: tokens of each sample there is.
+        seed: of the chance.
+        mix: which of them an epoch shows; None: each once.
+        step_samples: samples of one optimizer step, to have neighbours of about the same length
+            and little padding; None: in random order.
     """
 
-    def __init__(self, dataset: PackedDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-        self.epoch = 0
+    def keys_of(epoch: int) -> Iterator[int]:
+        if mix is None:
+            shown = np.arange(len(lengths), dtype=np.int32)
+        else:
+            shown = mix.numbers(seed=seed, epoch=epoch)
+        if step_samples is None:
+            order = _shuffled(len(shown), seed + epoch)
+        else:
+            order = _shuffled(len(shown), seed * 1_000_003 + epoch)
+            order = grouped_by_length(order, lengths[shown], step_samples)
+        return map(int, shown[order])
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    return EpochOrder(keys_of, len(lengths) if mix is None else len(mix))
 
-    def __len__(self) -> int:
-        return len(self.dataset)
 
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.dataset.rows(seed=self.seed, epoch=self.epoch))
+def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """The numbers below `count` in random order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` whose logs tell tokens a second, learned tokens and padding."""
 
     def __init__(
-        self, *args: Any, eval_collator: Callable[..., dict[str, Any]] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        mix: Mix | None = None,
+        eval_collator: Callable[..., dict[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As `transformers.Trainer`; `eval_collator` makes the batches of evaluation where they
-        are not made as those of training are."""
+        """As `transformers.Trainer`, and two things more.
+
+        Args:
+            mix: which of the samples an epoch shows; None: each once.
+            eval_collator: makes the batches of evaluation where they are not made as those of
+                training are.
+        """
         super().__init__(*args, **kwargs)
+        self._mix = mix
         self._eval_collator = eval_collator or self.data_collator
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
@@ -113,12 +148,13 @@ class Trainer(transformers.Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(dataset, PackedDataset):
-            return RowOrder(dataset, seed)
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        if not grouped or not hasattr(dataset, "lengths"):
-            return super()._get_train_sampler(train_dataset)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups(dataset.lengths, step, seed)
+            return row_order(dataset, seed)
+        if self.args.train_sampling_strategy == "random":
+            return sample_order(np.asarray(dataset.lengths), seed, mix=self._mix)
+        if self.args.train_sampling_strategy == "group_by_length":
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return sample_order(np.asarray(dataset.lengths), seed, mix=self._mix, step_samples=step)
+        return super()._get_train_sampler(train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         of_training = self.data_collator

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
@@ -16,6 +17,7 @@ from vltrain.config import DataConfig, Recipe
 from vltrain.data.checks import check_files
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import SampleDataset, split_records
+from vltrain.data.mixing import Mix, mix_of
 from vltrain.data.packing import PackedDataset
 from vltrain.data.pictures import pictures_of
 from vltrain.data.records import Record
@@ -70,7 +72,13 @@ class Halves:
 
     train: SampleDataset
     evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
-    rows: PackedDataset | None = None  # the samples of `train`, where the recipe packs them
+    mix: Mix | None = None  # what an epoch shows of `train`; None: each sample once
+    rows: PackedDataset | None = None  # the samples of an epoch, where the recipe packs them
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples that an epoch shows."""
+        return len(self.train) if self.mix is None else len(self.mix)
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -145,11 +153,23 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
     records, held_out = split_records(records, data.eval_share, seed)
     held_out += [record for file in data.eval_files for record in read_records(file)]
     samples = _samples(records, data, base)
+    mix = mix_of(data, np.array([data.files.index(record.file) for record in samples.records]))
     return Halves(
         train=samples,
         evaluation=_samples(held_out, data, base) if held_out else None,
-        rows=PackedDataset(samples, data.max_length) if data.packing else None,
+        mix=mix,
+        rows=_rows(samples, data, mix, seed) if data.packing else None,
     )
+
+
+def _rows(samples: SampleDataset, data: DataConfig, mix: Mix | None, seed: int) -> PackedDataset:
+    """The samples of an epoch, packed.
+
+    What a mix draws of a file is drawn once and shown in every epoch: other samples would fill
+    another number of rows, and a run that resumes counts its steps in rows.
+    """
+    numbers = None if mix is None else mix.numbers(seed=seed, epoch=0)
+    return PackedDataset(samples, data.max_length, numbers)
 
 
 def _samples(records: list[Record], data: DataConfig, base: Base) -> SampleDataset:
@@ -230,6 +250,8 @@ def show_plan(
         f"longest {max(samples.lengths):,} tokens, {samples.dropped:,} dropped as too long",
         soft_wrap=True,
     )
+    if halves.mix is not None:
+        console.print(f"an epoch: {halves.mix}", soft_wrap=True)
     if halves.evaluation is not None:
         console.print(f"{len(halves.evaluation):,} samples to evaluate on")
     rows = halves.rows
@@ -239,7 +261,7 @@ def show_plan(
             f"{rows.fill:.1%} full",
             soft_wrap=True,
         )
-    units, noun = (len(samples), "samples") if rows is None else (len(rows), "rows")
+    units, noun = (halves.epoch_samples, "samples") if rows is None else (len(rows), "rows")
     console.print(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"
@@ -267,6 +289,7 @@ def fit(
         train_dataset=halves.train if halves.rows is None else halves.rows,
         eval_dataset=halves.evaluation,
         data_collator=collator if halves.rows is None else collate_rows,
+        mix=halves.mix,
         eval_collator=collator,
         callbacks=[MetricsLog(run.append_metrics), progress],
     )
