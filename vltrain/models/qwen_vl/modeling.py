@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from vltrain.models.loss import learned_loss
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
 from vltrain.models.qwen_vl.positions import log_n_scale, ntk_alpha, rotary_tables, rotate
 from vltrain.models.qwen_vl.vision import Resampler, VisionTower, sincos_2d
@@ -351,7 +352,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits and, with labels, the loss.
+        """Logits and, with labels, the loss; in training mode with labels the loss alone.
 
         Args:
             input_ids: int64 [B, L]; each picture is `<img>`, Q `<imgpad>`, `</img>`.
@@ -363,7 +364,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
                 the sum over this batch divided by it, else the mean.
 
         Returns:
-            `.logits` float [B, L, vocab_size]; `.loss` float32 scalar.
+            `.logits` float [B, L, vocab_size], None where only a loss is to be learned from;
+            `.loss` float32 scalar.
 
         Raises:
             ValueError: pictures and their places differ in number.
@@ -378,16 +380,14 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        hidden = outputs.last_hidden_state
+        loss = logits = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            loss = learned_loss(hidden, self.lm_head, labels, num_items_in_batch)
+        if labels is None or not self.training:
+            count = isinstance(logits_to_keep, int)
+            kept = slice(-logits_to_keep, None) if count else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
