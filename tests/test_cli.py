@@ -20,7 +20,7 @@ from vltrain.config import load_recipe
 from vltrain.data.coco import CATEGORY_QUESTION
 from vltrain.data.pictures import Pictures
 from vltrain.data.refcoco import EXPRESSION_QUESTION
-from vltrain.errors import VltrainError
+from vltrain.errors import GpuMemoryError, NotFiniteError, Stopped, VltrainError
 
 COMMANDS = ("full", "lora", "merge", "chat", "check", "preview", "stats", "demo", "convert")
 
@@ -107,9 +107,14 @@ def test_a_mistake_of_the_user_is_a_message_and_no_traceback(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_console_entry_turns_an_error_into_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.mark.parametrize(
+    ("kind", "code"), [(VltrainError, 1), (GpuMemoryError, 3), (NotFiniteError, 4)]
+)
+def test_the_console_entry_turns_an_error_into_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys, kind: type[VltrainError], code: int
+):
     def fail(*_: object, **__: object) -> None:
-        raise VltrainError.at("data.json#3", what="is broken", fix="mend it")
+        raise kind.at("data.json#3", what="is broken", fix="mend it")
 
     monkeypatch.setattr(vltrain.workflows.merge, "merge", fail)
     monkeypatch.setattr(sys, "argv", ["vltrain", "merge", "a", "b"])
@@ -117,8 +122,24 @@ def test_the_console_entry_turns_an_error_into_exit_code_1(monkeypatch: pytest.M
     with pytest.raises(SystemExit) as exit_:
         main()
 
-    assert exit_.value.code == 1
+    assert exit_.value.code == code
     assert capsys.readouterr().err == "error: data.json#3: is broken\n  fix: mend it\n"
+
+
+def test_a_run_that_was_stopped_exits_with_75_and_calls_it_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped("stopped after step 5")
+
+    monkeypatch.setattr(vltrain.workflows.merge, "merge", stop)
+    monkeypatch.setattr(sys, "argv", ["vltrain", "merge", "a", "b"])
+
+    with pytest.raises(SystemExit) as exit_:
+        main()
+
+    assert exit_.value.code == 75
+    assert capsys.readouterr().err == "stopped after step 5\n"
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

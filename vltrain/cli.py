@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vltrain import __version__
-from vltrain.errors import VltrainError
+from vltrain.errors import Stopped, VltrainError
 from vltrain.workflows.quiet import quiet_loggers
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ ImageRoot = Annotated[
 
 
 def main() -> None:
-    """The console entry: a `VltrainError` is a message and exit code 1, not a traceback."""
+    """The console entry: what vltrain raises is a message and its exit code, not a traceback."""
     # Threads that wait for work give their core away; spinning, they make a tiny model on two busy
     # cores several times slower. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,7 +82,10 @@ def main() -> None:
         app()
     except VltrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code) from None
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
 
 
 def _print_version(wanted: bool) -> None:
