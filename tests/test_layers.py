@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vltrain"
 # From what is below to what is above; floors in one row do not know each other.
 FLOORS = (
     ("errors",),
-    ("recipe_yaml",),
+    ("recipe_yaml", "hub_names"),
     ("config",),
     ("data", "models", "demo"),
     ("training", "evaluation"),

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from letters import record
 
@@ -80,3 +83,56 @@ def test_json_of_records_is_left_as_it_is(tmp_path):
     file = written(tmp_path / "a.json", json.dumps([value]))
 
     assert read_records(file)[0].value == value
+
+
+def ids(path: Path) -> list[str]:
+    return [record.value["id"] for record in read_records(path)]
+
+
+def test_parquet_is_told_by_its_ending_or_by_how_it_begins(tmp_path):
+    for name in ("a.parquet", "b.PARQUET", "c.data"):
+        pq.write_table(pa.table({"id": [name]}), tmp_path / name)
+
+        assert ids(tmp_path / name) == [name]
+
+
+def test_a_table_without_rows_holds_no_record(tmp_path):
+    pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "a.parquet")
+
+    with pytest.raises(VltrainError, match="the file holds no record"):
+        read_records(tmp_path / "a.parquet")
+
+
+def test_a_folder_is_a_saved_dataset_or_parquet_files(tmp_path):
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table({"id": ["shard"]}), tmp_path / "shards" / "a.parquet")
+    datasets.Dataset.from_dict({"id": ["saved"]}).save_to_disk(tmp_path / "saved")
+
+    assert ids(tmp_path / "shards") == ["shard"]
+    assert ids(tmp_path / "saved") == ["saved"]
+
+
+def test_a_split_is_named_behind_its_folder_and_in_errors(tmp_path):
+    splits = {name: datasets.Dataset.from_dict({"id": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+
+    (record,) = read_records(tmp_path / "saved:test")
+
+    assert (record.value, record.name) == ({"id": "test"}, "saved:test#0")
+    with pytest.raises(VltrainError, match="saved:dev: the dataset has no split dev"):
+        read_records(tmp_path / "saved:dev")
+
+
+def test_a_file_whose_name_ends_like_a_split_is_a_file(tmp_path):
+    file = written(tmp_path / "odd:train", '[{"id": "odd"}]')
+
+    assert ids(file) == ["odd"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/where.json", "no/where.parquet", "a/b/c:train"])
+def test_what_is_not_there_and_no_name_on_the_hub_is_a_wrong_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(VltrainError, match="cannot be read") as caught:
+        read_records(Path(name))
+    assert "mend the path" in str(caught.value)

@@ -1,10 +1,10 @@
 """One record of a data file, or the place where none could be read.
 
-A record is one element of a JSON list or one line of a JSONL file; its number counts from 0 and
-names it in every error: `train.json#17`.
+A record is one element of a JSON list, one line of a JSONL file or one row of a table; its number
+counts from 0 and names it in every error: `train.json#17`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from vltrain.data.faults import Fault
 class Record:
     """One element of a data file, as its JSON has it."""
 
-    file: Path
-    index: int  # in the list, or the line of a JSONL file; from 0
+    file: Path  # or folder, or name on the hub
+    index: int  # in the list or the table, or the line of a JSONL file; from 0
     value: Any
+    held_bytes: int = field(default=0, compare=False)  # of a table's row, about; pictures are in it
 
     @property
     def name(self) -> str:

@@ -1,6 +1,5 @@
 """From what a user calls a model to a folder: as it is, or from the Hugging Face hub."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from vltrain.errors import VltrainError
-
-HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+from vltrain.hub_names import HUB_NAME
 
 # All that the families' loaders read; a repository's own code is never among it.
 DESCRIPTION_FILES = (

@@ -1,11 +1,14 @@
-"""A stand-in of the Hugging Face hub on 127.0.0.1, for what a snapshot download asks of it."""
+"""A stand-in of the Hugging Face hub on 127.0.0.1, for what bringing down a repository asks of it.
+
+Repositories of models and of datasets are not told apart: the one named is given.
+"""
 
 import hashlib
 import json
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
@@ -42,10 +45,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer as the hub does: description, list of files, or a file."""
         path = unquote(urlsplit(self.path).path).removeprefix("/")
         self.hub.asked.append(path)
-        if path.startswith("api/models/"):
-            self._answer_api(path.removeprefix("api/models/"))
+        if path.startswith("api/"):
+            self._answer_api(path.split("/")[2:])
         else:
-            repo, _, rest = path.partition("/resolve/")
+            repo, _, rest = path.removeprefix("datasets/").partition("/resolve/")
             revision, _, name = rest.partition("/")
             commit = self._commit(repo, revision)
             if commit is not None:
@@ -53,24 +56,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 (the name that http.server looks for)
 
-    def _answer_api(self, path: str) -> None:
-        parts = path.split("/")
+    def _answer_api(self, parts: list[str]) -> None:
+        """Answer owner/name[/revision/REVISION] or owner/name/tree/REVISION[/FOLDER]."""
         repo, kind = "/".join(parts[:2]), "".join(parts[2:3])
-        revision = "/".join(parts[3:]) or "main"
-        commit = self._commit(repo, revision)
+        commit = self._commit(repo, "".join(parts[3:4]) or "main")
         if commit is None:
             return
         files = self.hub.commits[commit]
         if kind == "tree":
-            listing = [
-                {"type": "file", "path": name, "size": len(content), "oid": _etag(content)}
-                for name, content in files.items()
-            ]
-            self._answer(200, json.dumps(listing).encode())
+            self._answer_tree(files, "".join(f"{part}/" for part in parts[4:]))
         else:
             siblings = [{"rfilename": name} for name in files]
             value = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}
             self._answer(200, json.dumps(value).encode())
+
+    def _answer_tree(self, files: dict[str, bytes], folder: str) -> None:
+        """The files in a folder, and the folders, or all files below it where that is asked."""
+        recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true"
+        below = {name: name.removeprefix(folder) for name in files if name.startswith(folder)}
+        if not below:
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        listing: list[dict[str, object]] = [
+            {"type": "file", "path": name, "size": len(files[name]), "oid": _etag(files[name])}
+            for name, inner in below.items()
+            if recursive or "/" not in inner
+        ]
+        folders = {inner.split("/")[0] for inner in below.values() if "/" in inner}
+        if not recursive:
+            listing += [
+                {"type": "directory", "path": f"{folder}{inner}", "size": 0, "oid": ""}
+                for inner in sorted(folders)
+            ]
+        self._answer(200, json.dumps(listing).encode())
 
     def _answer_file(self, commit: str, name: str) -> None:
         content = self.hub.commits[commit].get(name)
