@@ -186,6 +186,16 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
     ]
 
 
+def test_pictures_are_downloaded_only_if_a_word_says_so(called: list[tuple]):
+    type_in("check", "a.json", "--image-root", "pics")
+    type_in("check", "a.json", "--allow-urls")
+
+    without, allowed = (named["pictures"] for _, _, named in called)
+    assert without == Pictures(Path("pics"))
+    assert allowed.downloads is not None
+    assert not allowed.downloads.allow_private
+
+
 def test_chat_without_a_file_to_answer_is_a_usage_error(called: list[tuple]):
     assert type_in("chat", "model") == 2
     assert called == []

@@ -69,6 +69,9 @@ ImageRoot = Annotated[
     Path | None,
     typer.Option("--image-root", help="Where relative picture paths start, tried first."),
 ]
+AllowUrls = Annotated[
+    bool, typer.Option("--allow-urls", help="Download pictures that are http(s) URLs.")
+]
 
 
 def main() -> None:
@@ -94,12 +97,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _pictures(image_root: Path | None) -> "Pictures":
+def _pictures(image_root: Path | None, allow_urls: bool) -> "Pictures":
     """Where a command looks for pictures: a recipe's defaults, but for what is said here."""
     from vltrain.config import DataConfig
     from vltrain.data.pictures import pictures_of
 
-    return pictures_of(DataConfig(files=(), image_root=image_root))
+    return pictures_of(DataConfig(files=(), image_root=image_root, allow_urls=allow_urls))
 
 
 @app.callback()
@@ -198,6 +201,7 @@ def chat(
         int, typer.Option("--max-new-tokens", min=1, help="Tokens after which an answer is cut.")
     ] = 512,
     image_root: ImageRoot = None,
+    allow_urls: AllowUrls = False,
 ) -> None:
     """Answer every question of a file.
 
@@ -211,7 +215,7 @@ def chat(
         answers,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        pictures=_pictures(image_root),
+        pictures=_pictures(image_root, allow_urls),
     )
 
 
@@ -222,6 +226,7 @@ def check(
         str | None, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
     ] = None,
     image_root: ImageRoot = None,
+    allow_urls: AllowUrls = False,
     max_length: Annotated[
         int | None,
         typer.Option("--max-length", min=1, help="The longest sample, in tokens; needs --model."),
@@ -249,7 +254,7 @@ def check(
     raise typer.Exit(
         check_data(
             data,
-            pictures=_pictures(image_root),
+            pictures=_pictures(image_root, allow_urls),
             model=model,
             max_length=max_length,
             too_long=too_long,
@@ -341,6 +346,7 @@ def preview(
     ] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Decides which records are drawn.")] = 0,
     image_root: ImageRoot = None,
+    allow_urls: AllowUrls = False,
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=1, help="Mark samples with more tokens.")
     ] = None,
@@ -358,7 +364,7 @@ def preview(
         model=model,
         samples=samples,
         seed=seed,
-        pictures=_pictures(image_root),
+        pictures=_pictures(image_root, allow_urls),
         max_length=max_length,
     )
 
@@ -370,6 +376,7 @@ def stats(
         str, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
     ],
     image_root: ImageRoot = None,
+    allow_urls: AllowUrls = False,
     max_length: Annotated[
         int | None,
         typer.Option("--max-length", min=1, help="A limit, in tokens, to count and pack for."),
@@ -384,7 +391,11 @@ def stats(
     from vltrain.workflows.stats import stats as print_stats
 
     print_stats(
-        data, model=model, pictures=_pictures(image_root), max_length=max_length, as_json=as_json
+        data,
+        model=model,
+        pictures=_pictures(image_root, allow_urls),
+        max_length=max_length,
+        as_json=as_json,
     )
 
 

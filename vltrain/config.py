@@ -66,6 +66,12 @@ class DataConfig:
     eval_files: tuple[UserPath, ...] = ()
     eval_share: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training samples, kept for evaluation
     image_root: UserPath | None = None  # where relative picture paths start; None: beside the file
+    allow_urls: bool = False  # download pictures that are http(s) URLs
+    url_timeout: Annotated[float, Gt(0)] = 20.0  # seconds of one try, until the last byte is here
+    url_max_bytes: Annotated[int, Ge(1)] = 50_000_000  # of one downloaded picture
+    url_retries: Annotated[int, Ge(0)] = 2  # after a timeout, a 5xx and a 429
+    url_private: bool = False  # fetch from this machine and networks that are not public, too
+    cache_dir: UserPath | None = None  # keeps downloads; None: the user's cache folder
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once

@@ -72,6 +72,11 @@ def _plain(path: str) -> str:
     return path
 
 
+def shown(source: str) -> str:
+    """What a message calls a picture: its name, cut where it is long."""
+    return source if len(source) <= 80 else f"{source[:79]}…"
+
+
 def open_image(place: Place, *, name: str | None = None, where: str | None = None) -> Image.Image:
     """The picture as RGB, decoded, its file closed.
 

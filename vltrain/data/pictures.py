@@ -1,12 +1,14 @@
 """A picture as a record names it -> its place, its size, its pixels, or what is wrong with it.
 
-A picture is named by a path or by a `data:` URI, which holds its bytes. `Pictures` is the one
-value that says where to look; all that reads records is given it.
+A picture is named by a path, by a `data:` URI, which holds its bytes, or by an http(s) URL where
+that is allowed. `Pictures` is the one value that says where to look; all that reads records is
+given it.
 """
 
 import base64
 import binascii
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +18,20 @@ from urllib.parse import unquote, unquote_to_bytes
 from PIL import Image
 
 from vltrain.config import DataConfig
+from vltrain.data.downloads import Downloads
 from vltrain.data.faults import Fault, error_of
-from vltrain.data.images import Place, locate_file, open_image, picture_faults, picture_size
+from vltrain.data.images import (
+    Place,
+    locate_file,
+    open_image,
+    picture_faults,
+    picture_size,
+    shown,
+)
 from vltrain.data.swift import ImageSize
 
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
+_FETCHED = ("http", "https")
 _BLANKS = re.compile(r"\s+")
 _LONGEST_KEY = 500  # characters; paths are shorter
 _DATA_URI_FIX = "write data:image/png;base64, and behind it the file's bytes in base64"
@@ -28,15 +39,17 @@ _DATA_URI_FIX = "write data:image/png;base64, and behind it the file's bytes in 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where pictures are looked up. Small, and can be sent to any worker."""
+    """Where pictures are looked up, and what is fetched. Small; can be sent to any worker."""
 
     image_root: Path | None = None  # where relative paths are looked up first
+    downloads: Downloads | None = None  # None: a URL is a fault
 
     def locate(self, source: str, data_file: Path | None = None) -> Place | Fault:
         """Where a picture's bytes are, or why there are none.
 
         Args:
-            source: what a record names it by: a path, absolute or relative, or a `data:` URI.
+            source: what a record names it by: a path, absolute or relative, a `data:` URI, or
+                the URL of a picture, which is downloaded unless it was before.
             data_file: the file with the record; relative paths are looked up beside it, too.
         """
         if not source:
@@ -48,6 +61,8 @@ class Pictures:
             return locate_file(source, data_file=data_file, image_root=self.image_root)
         if scheme == "data":
             return bytes_of_data_uri(source)
+        if scheme in _FETCHED and self.downloads is not None:
+            return self.downloads.fetch(source)
         return _scheme_fault(source, scheme)
 
     def open(
@@ -93,7 +108,22 @@ LOCAL_PICTURES = Pictures()  # beside the data file and in the working directory
 
 def pictures_of(config: DataConfig) -> Pictures:
     """Where a recipe's pictures are looked up."""
-    return Pictures(config.image_root)
+    downloads = None
+    if config.allow_urls:
+        downloads = Downloads(
+            folder=(config.cache_dir or default_cache_dir()) / "pictures",
+            timeout=config.url_timeout,
+            most_bytes=config.url_max_bytes,
+            retries=config.url_retries,
+            allow_private=config.url_private,
+        )
+    return Pictures(config.image_root, downloads)
+
+
+def default_cache_dir() -> Path:
+    """Where the user's caches are, by the XDG rules: a folder of vltrain's own in there."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "vltrain"
 
 
 def bytes_of_data_uri(uri: str) -> bytes | Fault:
@@ -123,20 +153,16 @@ def source_key(source: str) -> str:
     return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def shown(source: str) -> str:
-    """What a message calls a picture: its name, cut where it is long."""
-    return source if len(source) <= 80 else f"{source[:79]}…"
-
-
 def _name(source: str, place: Place) -> str:
-    """What a message calls a picture that is there: the path where it was found, if it has one."""
-    return str(place) if isinstance(place, Path) else shown(source)
+    """What a message calls a picture that is there: its file's path, or its URL."""
+    return str(place) if isinstance(place, Path) and not _SCHEME.match(source) else shown(source)
 
 
 def _scheme_fault(source: str, scheme: str) -> Fault:
     """Why a URL is no picture's place."""
-    if scheme in ("http", "https"):
+    if scheme in _FETCHED:
         message = f"picture {shown(source)!r} is a URL, and pictures are not downloaded"
-        return Fault("url", message, "download it and write the file's path")
+        fix = "set data.allow_urls: true (--allow-urls), or download it and write the file's path"
+        return Fault("url", message, fix)
     message = f"picture {shown(source)!r} has the unknown scheme {scheme}:"
     return Fault("unknown_scheme", message, "write the path of a file, without a scheme")

@@ -19,7 +19,8 @@ from vltrain.data.conversation import Conversation, ImagePart
 from vltrain.data.encoding import Processor, Sample, encode_conversation
 from vltrain.data.formats import conversation_from_record, record_id
 from vltrain.data.grounding import Region, parse_regions
-from vltrain.data.pictures import LOCAL_PICTURES, Pictures, shown
+from vltrain.data.images import shown
+from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.pieces import Piece, pieces_of
 from vltrain.data.records import Record, Unreadable
 from vltrain.data.sources import scan_records
