@@ -161,8 +161,8 @@ def test_a_missing_picture_says_where_it_was_looked_for(folder):
 
 def test_a_broken_line_is_found_beside_good_ones(folder):
     file = folder / "train.jsonl"
-    good = json.dumps(record("q", "a"))
-    file.write_text(f"{good}\n{{broken\n{good}\n")
+    good, better = json.dumps(record("q", "a")), json.dumps(record("q", "b"))
+    file.write_text(f"{good}\n{{broken\n{better}\n")
 
     report = check_files([file])
 
@@ -244,7 +244,8 @@ def test_the_records_before_a_broken_place_are_checked(folder):
 
 
 def test_two_processes_report_what_one_does(folder):
-    values = [record("<img>no.png</img>q", "a") if n % 3 else record("q", "a") for n in range(1500)]
+    questions = ["<img>no.png</img>" if n % 3 else "q" for n in range(1500)]
+    values = [record(question, str(n)) for n, question in enumerate(questions)]
     counts = []
 
     alone = checked(folder, *values)

@@ -68,7 +68,7 @@ IN_QWEN_VL_FORM = {
             f"And here? {CLOCK}",
             "No.",
         ),
-        record(f"{HOUSE}What does the sign say?", "OPEN."),
+        record(f"{HOUSE}What is written on the sign?", "OPEN."),
         with_system("Be brief.", "Name a prime number.", "Seven."),
     ],
     "swift.jsonl": [

@@ -22,7 +22,7 @@ from vltrain.data.grounding import (
     label_font,
     parse_boxes,
     parse_regions,
-    read_boxes,
+    read_regions,
     wide_font_file,
     write_regions,
 )
@@ -86,7 +86,7 @@ def test_a_box_that_cannot_be_read_is_no_box_and_a_reason(text, reason):
     ],
 )
 def test_each_kind_of_bad_box_has_its_name(text, kind, grade):
-    assert [(fault.kind, fault.grade) for fault in read_boxes(text)[1]] == [(kind, grade)]
+    assert [(fault.kind, fault.grade) for fault in read_regions(text)[1]] == [(kind, grade)]
 
 
 def test_a_box_in_pixels_follows_the_pictures_size():

@@ -9,8 +9,8 @@ from PIL import Image
 
 from vltrain.data.faults import Fault
 from vltrain.data.images import (
+    look_at,
     open_image,
-    picture_faults,
     picture_size,
 )
 from vltrain.errors import VltrainError
@@ -52,7 +52,7 @@ def test_a_picture_of_any_mode_is_opened_as_plain_rgb_does(tmp_path, mode, endin
 
     assert (opened.mode, opened.size) == ("RGB", (8, 6))
     assert opened.tobytes() == expected
-    assert picture_faults(path) == []
+    assert look_at(path).faults == ()
 
 
 def test_a_wrong_ending_does_not_matter(tmp_path):
@@ -76,7 +76,7 @@ def test_deep_grey_is_stretched_over_its_range(tmp_path, dtype):
     Image.fromarray(values).save(path)
 
     assert np.asarray(open_image(path)).tolist() == [[[0, 0, 0], [128, 128, 128], [255] * 3]]
-    assert [(f.kind, f.grade) for f in picture_faults(path)] == [("deep_grey", "warning")]
+    assert [(f.kind, f.grade) for f in look_at(path).faults] == [("deep_grey", "warning")]
 
 
 def test_deep_grey_of_one_value_is_black(tmp_path):
@@ -91,7 +91,7 @@ def test_a_file_cut_short_is_found_and_refused(tmp_path, ending):
     path = noise(tmp_path / f"a.{ending}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    assert [fault.kind for fault in picture_faults(path)] == ["broken_picture"]
+    assert [fault.kind for fault in look_at(path).faults] == ["broken_picture"]
     with pytest.raises(VltrainError, match=r"^t#1: picture .* cannot be read"):
         open_image(path, where="t#1")
 
@@ -102,8 +102,8 @@ def test_a_file_cut_short_is_found_by_its_end(tmp_path, ending):
     cut = tmp_path / f"cut.{ending}"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
 
-    assert picture_faults(whole, decode=False) == []
-    assert [fault.kind for fault in picture_faults(cut, decode=False)] == ["broken_picture"]
+    assert look_at(whole, decode=False).faults == ()
+    assert [fault.kind for fault in look_at(cut, decode=False).faults] == ["broken_picture"]
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif"])
@@ -113,14 +113,14 @@ def test_bytes_in_memory_are_looked_at_as_a_file_is(tmp_path, ending):
 
     assert open_image(content).tobytes() == open_image(path).tobytes()
     assert picture_size(content) == (64, 64)
-    assert picture_faults(content, decode=False) == []
-    cut = picture_faults(content[: len(content) // 2], name="row 3", decode=False)
+    assert look_at(content, decode=False).faults == ()
+    cut = look_at(content[: len(content) // 2], name="row 3", decode=False).faults
     assert [fault.kind for fault in cut] == ["broken_picture"]
     assert cut[0].message.startswith("picture row 3 cannot be read (")
 
 
 def test_no_bytes_in_memory_are_an_empty_picture():
-    assert [fault.kind for fault in picture_faults(b"")] == ["zero_size_picture"]
+    assert [fault.kind for fault in look_at(b"").faults] == ["zero_size_picture"]
     with pytest.raises(VltrainError, match=r"^t#1: picture in memory is empty \(0 bytes\)"):
         open_image(b"", where="t#1")
 
@@ -129,7 +129,7 @@ def test_bytes_behind_a_pictures_end_are_no_fault(tmp_path):
     path = noise(tmp_path / "a.jpg")
     path.write_bytes(path.read_bytes() + bytes(5000))
 
-    assert picture_faults(path, decode=False) == []
+    assert look_at(path, decode=False).faults == ()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -137,7 +137,7 @@ def test_broken_exif_is_no_fault_of_a_picture(tmp_path):
     path = tmp_path / "a.jpg"
     Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
 
-    assert picture_faults(path, decode=False) == []
+    assert look_at(path, decode=False).faults == ()
 
 
 def test_only_decoding_finds_damage_in_the_middle(tmp_path):
@@ -146,8 +146,8 @@ def test_only_decoding_finds_damage_in_the_middle(tmp_path):
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
 
-    assert picture_faults(path, decode=False) == []
-    assert [fault.kind for fault in picture_faults(path, decode=True)] == ["broken_picture"]
+    assert look_at(path, decode=False).faults == ()
+    assert [fault.kind for fault in look_at(path, decode=True).faults] == ["broken_picture"]
 
 
 def test_a_pictures_size_is_read_from_its_header(tmp_path):
@@ -169,15 +169,15 @@ def test_a_file_that_is_no_picture_is_found(tmp_path, content, kind):
     path = tmp_path / "a.png"
     path.write_bytes(content)
 
-    assert [fault.kind for fault in picture_faults(path)] == [kind]
-    assert [fault.kind for fault in picture_faults(path, decode=False)] == [kind]
+    assert [fault.kind for fault in look_at(path).faults] == [kind]
+    assert [fault.kind for fault in look_at(path, decode=False).faults] == [kind]
 
 
 def test_a_picture_beyond_pillows_limit_is_found(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.png", size=(50, 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
 
-    assert [fault.kind for fault in picture_faults(path)] == ["huge_picture"]
+    assert [fault.kind for fault in look_at(path).faults] == ["huge_picture"]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")

@@ -2,14 +2,14 @@
 
 One pass over the records, in as many processes as are asked for. Each record is asked for all
 its faults, those of its form (`formats`), its boxes (`grounding`), its pictures (`images`) and
-its length (`encoding`). A new check is a function that gives faults, called in
-`Checker.examine` or `Checker._content_faults`.
+its length (`encoding`); then the records are held against each other (`survey`). A new check is
+a function that gives faults, called in `Checker.examine` or `_look_through`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 from vltrain.data.conversation import Conversation, ImagePart, Turn
 from vltrain.data.dataset import TooLong
@@ -21,53 +21,27 @@ from vltrain.data.encoding import (
     too_long_message,
 )
 from vltrain.data.faults import Fault
-from vltrain.data.formats import Format, read_conversation, record_id
-from vltrain.data.grounding import read_boxes
-from vltrain.data.images import TURNED_PICTURE
+from vltrain.data.findings import Finding, Report
+from vltrain.data.formats import Format, read_conversation
+from vltrain.data.grounding import Region, read_regions
+from vltrain.data.images import TURNED_PICTURE, Look
 from vltrain.data.markup import BOX_TAG, token_faults
 from vltrain.data.parallel import map_chunks
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures, source_key
 from vltrain.data.records import Record, Unreadable
 from vltrain.data.sources import scan_records
+from vltrain.data.survey import Survey
+from vltrain.data.tallies import (
+    FOUND_TOO_LONG,
+    FileTally,
+    Traits,
+    characters,
+    content_of,
+    learned_answers,
+    spots_of,
+)
 
-Severity = Literal["error", "warning"]
-MOST_PICTURES_SEEN = 50_000  # remembered by a checker: about 300 bytes each
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A fault and its place. An error stops a run before it starts, a warning does not."""
-
-    file: str
-    record: int | None  # a list's index or a JSONL file's line, from 0; None: about the file
-    id: str | None
-    severity: Severity
-    kind: str
-    message: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a check of files found."""
-
-    records: int  # read, faulty ones included
-    findings: tuple[Finding, ...]
-    dropped: int = 0  # longer than max_length, left out by too_long="drop"
-
-    @property
-    def errors(self) -> tuple[Finding, ...]:
-        """The findings that stop a run."""
-        return tuple(found for found in self.findings if found.severity == "error")
-
-    @property
-    def warnings(self) -> tuple[Finding, ...]:
-        """The findings that do not."""
-        return tuple(found for found in self.findings if found.severity == "warning")
-
-    def as_json(self) -> dict[str, Any]:
-        """The form that other programs read: `records` and `findings`."""
-        return {"records": self.records, "findings": [asdict(found) for found in self.findings]}
+MOST_PICTURES_SEEN = 50_000  # remembered by a checker: about 500 bytes each
 
 
 @dataclass(frozen=True)
@@ -77,6 +51,16 @@ class Examined:
     findings: tuple[Finding, ...]
     conversation: Conversation | None = None  # None: a reader stops at one of the findings
     sample: Sample | None = None  # None: no conversation, or no processor to encode it
+    traits: Traits | None = None  # to compare it with other records; None: no conversation
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a look at some records that follow each other gives."""
+
+    records: int
+    findings: list[Finding]
+    tallies: list[FileTally]
 
 
 @dataclass
@@ -90,29 +74,58 @@ class Checker:
     labels: LabelPolicy = "assistant"
     decode: bool = False  # pictures are decoded whole; False: their headers and ends are read
     format: Format = "auto"
-    seen: dict[tuple[Path, str], list[Fault]] = field(default_factory=dict)  # pictures' faults
+    seen: dict[tuple[Path, str], Look] = field(default_factory=dict)  # by file and source
 
-    def check_chunk(self, entries: Sequence[Record | Unreadable]) -> tuple[int, list[Finding]]:
-        """How many records there are among some entries, and all that is wrong with them."""
-        count = sum(isinstance(entry, Record) or entry.index is not None for entry in entries)
-        return count, [found for entry in entries for found in self.examine(entry).findings]
+    def check_chunk(self, entries: Sequence[Record | Unreadable]) -> Checked:
+        """All that is wrong with some entries, and what is kept of them for a survey."""
+        count = 0
+        findings: list[Finding] = []
+        survey = Survey()
+        for entry in entries:
+            examined = self.examine(entry)
+            findings += examined.findings
+            count += isinstance(entry, Record) or entry.index is not None
+            if isinstance(entry, Record):
+                survey.count(entry.file, examined.traits)
+        return Checked(count, findings, survey.tallies)
 
     def examine(self, entry: Record | Unreadable) -> Examined:
         """Read, look through and encode one record; or say why a place holds none."""
         if isinstance(entry, Unreadable):
             return Examined((self._finding(entry, None, entry.fault),))
-        conversation, faults = read_conversation(
-            entry.value, format=self.format, image_size=self.pictures.measure(entry.file)
-        )
+        conversation, faults = self._read(entry)
         readable = not any(map(self._refuses, faults))
-        faults += self._content_faults(conversation, entry)
+        oddities = [fault.kind for fault in faults]
+        sources = filter(None, conversation.image_sources)  # an empty path is a fault of the form
+        looks = {source: self._look(source, entry.file) for source in sources}
+        regions, found = _look_through(conversation, looks)
+        faults += found
         sample = None
+        too_long: list[Fault] = []
         if readable and self.processor is not None:
             sample = encode_conversation(conversation, self.processor, self.labels)
-            faults += self._length_faults(sample, self.processor)
-        identity = record_id(entry.value)
-        findings = tuple(self._finding(entry, identity, fault) for fault in faults)
-        return Examined(findings, conversation if readable else None, sample)
+            too_long = list(self._length_faults(sample, self.processor))
+        faults += too_long
+        findings = tuple([self._finding(entry, conversation.id, fault) for fault in faults])
+        if not readable:
+            return Examined(findings)
+        length = len(sample.input_ids) if sample else characters(conversation)
+        traits = Traits(
+            content_of(conversation, {key: look.path for key, look in looks.items()}, oddities),
+            FOUND_TOO_LONG if too_long else length,
+            learned_answers(conversation),
+            spots_of(regions, _largest(looks)),
+        )
+        return Examined(findings, conversation, sample, traits)
+
+    def read(self, record: Record) -> Conversation | None:
+        """A record's conversation; None where a reader stops."""
+        conversation, faults = self._read(record)
+        return None if any(map(self._refuses, faults)) else conversation
+
+    def _read(self, record: Record) -> tuple[Conversation, list[Fault]]:
+        measure = self.pictures.measure(record.file)
+        return read_conversation(record.value, format=self.format, image_size=measure)
 
     def _refuses(self, fault: Fault) -> bool:
         return fault.refused(lenient=self.labels == "reference")
@@ -128,27 +141,14 @@ class Checker:
             fix=fault.fix,
         )
 
-    def _content_faults(self, conversation: Conversation, record: Record) -> Iterator[Fault]:
-        """What is wrong inside the turns that could be read."""
-        has_boxes = any(BOX_TAG.search(turn.text) for turn in conversation.turns)
-        for turn in conversation.turns:
-            yield from _empty_turn_faults(turn)
-            yield from _box_faults(turn)
-            yield from token_faults(turn)
-            for fault in self._picture_faults(turn, record):
-                if has_boxes or fault.kind != TURNED_PICTURE:
-                    yield fault
-
-    def _picture_faults(self, turn: Turn, record: Record) -> Iterator[Fault]:
-        """What is wrong with a turn's pictures; each is looked at once, as far as is remembered."""
-        sources = [part.source for part in turn.parts if isinstance(part, ImagePart)]
-        for source in filter(None, sources):  # an empty path is a fault of the form
-            key = (record.file, source_key(source))
-            if key not in self.seen:
-                if len(self.seen) >= MOST_PICTURES_SEEN:
-                    del self.seen[next(iter(self.seen))]  # the oldest
-                self.seen[key] = self.pictures.faults(source, record.file, decode=self.decode)
-            yield from self.seen[key]
+    def _look(self, source: str, file: Path) -> Look:
+        """What a picture is like; each is looked at once, as far as is remembered."""
+        key = (file, source_key(source))
+        if key not in self.seen:
+            if len(self.seen) >= MOST_PICTURES_SEEN:
+                del self.seen[next(iter(self.seen))]  # the oldest
+            self.seen[key] = self.pictures.look(source, file, decode=self.decode)
+        return self.seen[key]
 
     def _length_faults(self, sample: Sample, processor: Processor) -> Iterator[Fault]:
         """The fault of a sample longer than max_length: a warning where it is dropped."""
@@ -194,17 +194,21 @@ def check_files(
         on_checked: told, now and then, how many more records have been checked.
 
     Returns:
-        The findings in the order of the files and records. Never raises for faulty data.
+        The findings in the order of the files and records, then those about a set as a whole.
+        Never raises for faulty data.
     """
     checker = Checker(processor, pictures, max_length, too_long, labels, decode, format)
     records = 0
     findings: list[Finding] = []
-    for count, found in map_chunks(checker.check_chunk, _entries(files), workers=workers):
-        records += count
-        findings.extend(found)
+    survey = Survey("characters" if processor is None else "tokens")
+    for checked in map_chunks(checker.check_chunk, _entries(files), workers=workers):
+        records += checked.records
+        findings += checked.findings
+        survey.add(checked.tallies)
         if on_checked:
-            on_checked(count)
+            on_checked(checked.records)
     dropped = sum(found.kind == "too_long" and found.severity == "warning" for found in findings)
+    findings += survey.findings(partial(_entries, files), checker.read)
     return Report(records, tuple(findings), dropped)
 
 
@@ -213,17 +217,42 @@ def _entries(files: Iterable[Path]) -> Iterator[Record | Unreadable]:
         yield from scan_records(file)
 
 
+def _look_through(
+    conversation: Conversation, looks: dict[str, Look]
+) -> tuple[list[Region], list[Fault]]:
+    """The regions of the turns that could be read, and what is wrong inside those turns."""
+    boxed = {turn.position for turn in conversation.turns if BOX_TAG.search(turn.text)}
+    picture = _largest(looks) if boxed else None
+    regions: list[Region] = []
+    faults: list[Fault] = []
+    for turn in conversation.turns:
+        faults += _empty_turn_faults(turn)
+        if turn.position in boxed:
+            found, bad_boxes = read_regions(turn.text, picture)
+            regions += found
+            faults += [replace(bad, message=f"{turn.name}: {bad.message}") for bad in bad_boxes]
+        faults += token_faults(turn)
+        for fault in _picture_faults(turn, looks):
+            if boxed or fault.kind != TURNED_PICTURE:
+                faults.append(fault)
+    return regions, faults
+
+
+def _largest(looks: dict[str, Look]) -> tuple[int, int] | None:
+    """The width and the height that no picture of a record exceeds; None where it has none."""
+    sizes = [look.size for look in looks.values() if look.size]
+    return (max(w for w, _ in sizes), max(h for _, h in sizes)) if sizes else None
+
+
+def _picture_faults(turn: Turn, looks: dict[str, Look]) -> Iterator[Fault]:
+    for part in turn.parts:
+        if isinstance(part, ImagePart) and part.source:
+            yield from looks[part.source].faults
+
+
 def _empty_turn_faults(turn: Turn) -> Iterator[Fault]:
     """A question or an answer without a word or picture: readable, but it teaches silence."""
     if turn.role != "system" and not turn.parts:
         message = f"{turn.name} is empty"
         fix = "write what is said, or remove the question with its answer"
         yield Fault("empty_turn", message, fix, "strict")
-
-
-def _box_faults(turn: Turn) -> Iterator[Fault]:
-    """What is wrong with the boxes of a turn."""
-    _, faults = read_boxes(turn.text)
-    for fault in faults:
-        message = f"{turn.name}: {fault.message}"
-        yield Fault(fault.kind, message, fault.fix, fault.grade)

@@ -1,6 +1,7 @@
 """The one form every data format is read into: turns of text and pictures."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -37,10 +38,10 @@ class Turn:
         """What errors call it."""
         return f"`{self.role}`" if self.position is None else f"turn {self.position} ({self.role})"
 
-    @property
+    @cached_property
     def text(self) -> str:
-        """The turn's text alone, its pictures left out."""
-        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+        """The turn's text alone, its pictures left out; every check asks for it."""
+        return "".join([part.text for part in self.parts if isinstance(part, TextPart)])
 
     @property
     def written(self) -> str:

@@ -8,7 +8,7 @@ the grid and `in_pixels` back.
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -30,6 +30,7 @@ _MARKUP = re.compile(
     f"<ref>(?P<ref>{_NO_TAG})</ref>|<(?P<shape>box|quad)>(?P<inside>{_NO_TAG})</(?P=shape)>",
     re.DOTALL,
 )
+PIXELS_TO_GRID = f"{GRID} · x / width and {GRID} · y / height (as `vltrain convert` does)"
 _BOX_FIX = "write <box>(x1,y1),(x2,y2)</box>, whole numbers from 0 to 999"
 _QUAD_FIX = "write <quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>, whole numbers from 0 to 999"
 _COLOURS = ("#e6194b", "#0a7d32", "#1f55d6", "#b35c00", "#7d1fb0", "#00707a")
@@ -197,20 +198,22 @@ def parse_regions(text: str) -> tuple[list[Region], list[str]]:
 
     A `<ref>` belongs to all of them that follow it without a word between.
     """
-    regions, faults = _read_regions(text)
+    regions, faults = read_regions(text)
     reasons = [fault.message for fault in faults if fault.grade != "warning"]
     unpaired = re.findall(r"</?(?:ref|box|quad)>", _MARKUP.sub("", text))
     return regions, reasons + [f"{tag} does not pair up" for tag in unpaired]
 
 
-def read_boxes(text: str) -> tuple[list[Box], list[Fault]]:
-    """The boxes of a text in order, and what is wrong inside its `<box>` and `<quad>` pairs."""
-    regions, faults = _read_regions(text)
-    return [region for region in regions if isinstance(region, Box)], faults
+def read_regions(
+    text: str, picture: tuple[int, int] | None = None
+) -> tuple[list[Region], list[Fault]]:
+    """The boxes and quads of a text in order, and what is wrong inside their tags.
 
-
-def _read_regions(text: str) -> tuple[list[Region], list[Fault]]:
-    """The boxes and quads of a text in order, and what is wrong inside their tags."""
+    Args:
+        text: of a turn.
+        picture: width and height in pixels of the picture they lie on, if known: to tell where
+            numbers beyond the grid are pixels.
+    """
     regions: list[Region] = []
     faults: list[Fault] = []
     ref: str | None = None
@@ -222,18 +225,19 @@ def _read_regions(text: str) -> tuple[list[Region], list[Fault]]:
         if text[max(ref_end, 0) : markup.start()].strip():
             ref = None
         ref_end = markup.end()
-        found = list(_shape_faults(markup["shape"], markup["inside"]))
+        shape, inside = markup["shape"], markup["inside"]
+        numbers = _numbers(shape, inside)
+        found = list(_shape_faults(shape, inside, numbers, picture))
         faults += found
-        if all(fault.grade == "warning" for fault in found):
-            regions.append(_region(markup["shape"], markup["inside"], ref))
+        if not found or all(fault.grade == "warning" for fault in found):
+            regions.append(_region(numbers, ref))
     return regions, faults
 
 
-def _region(shape: str, inside: str, ref: str | None) -> Region:
-    """What a `<box>` or `<quad>` without faults says."""
-    if shape == "box":
-        return Box(*_numbers(_BOX, inside), ref=ref)
-    numbers = _numbers(_QUAD, inside)
+def _region(numbers: Sequence[int], ref: str | None) -> Region:
+    """What the four numbers of a box or the eight of a quad say."""
+    if len(numbers) == 4:
+        return Box(*numbers, ref=ref)
     return Quad(tuple(zip(numbers[::2], numbers[1::2], strict=True)), ref)
 
 
@@ -253,7 +257,8 @@ def _region_text(region: Region) -> str:
     else:
         shape, corners = "quad", region.corners
     inside = ",".join(f"({x},{y})" for x, y in corners)
-    faults = [fault for fault in _shape_faults(shape, inside) if fault.grade != "warning"]
+    found = _shape_faults(shape, inside, _numbers(shape, inside))
+    faults = [fault for fault in found if fault.grade != "warning"]
     if faults:
         raise error_of(faults, shape)
     return f"<{shape}>{inside}</{shape}>"
@@ -281,22 +286,25 @@ def draw_boxes(image: Image.Image, text: str) -> Image.Image:
     return drawn
 
 
-def _numbers(shape: re.Pattern[str], inside: str) -> tuple[int, ...]:
-    """The numbers of a box or quad; none where it is not written as one."""
-    match = shape.fullmatch(inside)
+def _numbers(name: str, inside: str) -> tuple[int, ...]:
+    """The numbers of a `<box>` or `<quad>`; none where it is not written as one."""
+    match = (_BOX if name == "box" else _QUAD).fullmatch(inside)
     return tuple(map(int, match.groups())) if match else ()
 
 
-def _shape_faults(name: str, inside: str) -> Iterator[Fault]:
-    """What is wrong with the inside of one `<box>` or `<quad>`."""
-    shape, fix = (_BOX, _BOX_FIX) if name == "box" else (_QUAD, _QUAD_FIX)
-    numbers = _numbers(shape, inside)
+def _shape_faults(
+    name: str, inside: str, numbers: Sequence[int], picture: tuple[int, int] | None = None
+) -> Iterator[Fault]:
+    """What is wrong with the inside of one `<box>` or `<quad>`, of which `numbers` were read."""
     written = f"<{name}>{inside if len(inside) <= 60 else inside[:57] + '…'}</{name}>"
     if not numbers:
+        fix = _BOX_FIX if name == "box" else _QUAD_FIX
         yield Fault("malformed_box", f"{written} is not a {name}", fix)
     elif min(numbers) < 0 or max(numbers) > GRID:
         message = f"{written} leaves the range [0, {GRID})"
-        yield Fault("box_out_of_range", message, f"scale x by {GRID} / width, y by {GRID} / height")
+        if picture and _fits(numbers, picture):
+            message += f"; it looks like pixels of the picture's {picture[0]} x {picture[1]}"
+        yield Fault("box_out_of_range", message, f"write {PIXELS_TO_GRID}")
     else:
         if name == "box" and (numbers[2] < numbers[0] or numbers[3] < numbers[1]):
             message = f"{written} is inverted: its second corner is left of or above its first"
@@ -304,6 +312,12 @@ def _shape_faults(name: str, inside: str) -> Iterator[Fault]:
         if max(numbers) == GRID:
             message = f"{written} ends at exactly {GRID}; the last place on the grid is 999"
             yield Fault("box_at_1000", message, "write 999", "warning")
+
+
+def _fits(numbers: Sequence[int], picture: tuple[int, int]) -> bool:
+    """Do x and y, by turns, lie on a picture of that size in pixels?"""
+    inside = min(numbers) >= 0
+    return inside and max(numbers[::2]) <= picture[0] and max(numbers[1::2]) <= picture[1]
 
 
 def _draw_label(

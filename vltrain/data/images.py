@@ -7,6 +7,8 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +102,24 @@ def open_image(place: Place, *, name: str | None = None, where: str | None = Non
         raise error_of([fault], where or _called(place, name)) from error
 
 
-def picture_faults(place: Place, *, name: str | None = None, decode: bool = True) -> list[Fault]:
-    """What is wrong with a picture's bytes.
+@dataclass(frozen=True)
+class Look:
+    """What one look at a picture tells."""
+
+    faults: tuple[Fault, ...] = ()
+    size: tuple[int, int] | None = None  # width and height in pixels; None: not known, or none
+    path: str | None = None  # where it was found, if it is a file
+
+
+def look_at(place: Place, *, name: str | None = None, decode: bool = True) -> Look:
+    """A picture's size, and what is wrong with its bytes.
 
     Args:
         place, name: as for `open_image`.
         decode: read all of it; otherwise its header, and its end where the format marks it:
             a file that seems to be cut short is then decoded to be sure.
     """
+    path = str(place) if isinstance(place, Path) else None
     try:
         with Image.open(_readable(place)) as image:
             size, mode = image.size, image.mode
@@ -116,22 +128,26 @@ def picture_faults(place: Place, *, name: str | None = None, decode: bool = True
                 image.draft("RGB", (1, 1))  # the smallest that a JPEG can be decoded to
                 image.load()
     except _DECODE_ERRORS as error:
-        return [_broken(place, name, error)]
+        return Look((_broken(place, name, error),), path=path)
     called = _called(place, name)
     if 0 in size:
         message = f"picture {called} is {size[0]} x {size[1]} pixels"
-        return [Fault("zero_size_picture", message, "replace the file")]
+        return Look((Fault("zero_size_picture", message, "replace the file"),), path=path)
+    return Look(tuple(_oddities(called, mode, orientation)), size, path)
+
+
+def _oddities(called: str, mode: str, orientation: int) -> Iterator[Fault]:
+    """What people may not expect of a good picture: warnings."""
     if mode.startswith(_DEEP_GREY):
         message = f"picture {called} is grey of more than 8 bits: it is stretched over its range"
         fix = "save it with 8 bits to decide the range yourself"
-        return [Fault("deep_grey", message, fix, "warning")]
+        yield Fault("deep_grey", message, fix, "warning")
     if orientation in range(2, 9):
         message = (
             f"picture {called} is turned by viewers (EXIF orientation {orientation}), not here"
         )
         fix = "save it upright, or measure its boxes on the picture as it is stored"
-        return [Fault(TURNED_PICTURE, message, fix, "warning")]
-    return []
+        yield Fault(TURNED_PICTURE, message, fix, "warning")
 
 
 def _orientation(image: Image.Image) -> int:

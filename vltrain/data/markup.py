@@ -53,7 +53,7 @@ def parts_of(text: str, where: str) -> tuple[tuple[Part, ...], list[Fault]]:
         grade: Grade = "unreadable" if opened[2] == "img" else "strict"
         faults.append(_misplaced("unclosed_tag", where, opened, "without its end", grade))
     parts.append(TextPart(text[text_start:]))
-    return tuple(part for part in parts if part != TextPart("")), faults
+    return joined(parts), faults
 
 
 def prose_faults(text: str, where: str) -> list[Fault]:
@@ -95,9 +95,11 @@ def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Parts without empty texts, and with texts that touch made one: they are tokenised as one."""
     result: list[Part] = []
     for part in parts:
-        if isinstance(part, TextPart) and result and isinstance(result[-1], TextPart):
+        if not isinstance(part, TextPart):
+            result.append(part)
+        elif result and isinstance(result[-1], TextPart):
             result[-1] = TextPart(result[-1].text + part.text)
-        elif part != TextPart(""):
+        elif part.text:
             result.append(part)
     return tuple(result)
 

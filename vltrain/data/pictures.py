@@ -21,10 +21,11 @@ from vltrain.config import DataConfig
 from vltrain.data.downloads import Downloads
 from vltrain.data.faults import Fault, error_of
 from vltrain.data.images import (
+    Look,
     Place,
     locate_file,
+    look_at,
     open_image,
-    picture_faults,
     picture_size,
     shown,
 )
@@ -96,11 +97,15 @@ class Pictures:
     def faults(
         self, source: str, data_file: Path | None = None, *, decode: bool = True
     ) -> list[Fault]:
-        """What is wrong with a picture; `decode` as for `images.picture_faults`."""
+        """What is wrong with a picture; `decode` as for `images.look_at`."""
+        return list(self.look(source, data_file, decode=decode).faults)
+
+    def look(self, source: str, data_file: Path | None = None, *, decode: bool = True) -> Look:
+        """A picture's place, size and faults; `decode` as for `images.look_at`."""
         place = self.locate(source, data_file)
         if isinstance(place, Fault):
-            return [place]
-        return picture_faults(place, name=_name(source, place), decode=decode)
+            return Look((place,))
+        return look_at(place, name=_name(source, place), decode=decode)
 
 
 LOCAL_PICTURES = Pictures()  # beside the data file and in the working directory

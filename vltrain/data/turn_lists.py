@@ -5,7 +5,7 @@ placeholder; then the drafts are filled with the pictures that the record names 
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
@@ -167,16 +167,18 @@ def filled(drafts: Sequence[Draft], record: dict[str, Any]) -> tuple[list[Turn],
         record: what names the pictures, under `images` or `image`.
     """
     sources, faults = picture_sources(record)
-    wanted = sum(isinstance(piece, Placeholder) for draft in drafts for piece in draft.pieces)
+    wanted = sum([isinstance(piece, Placeholder) for draft in drafts for piece in draft.pieces])
     faults += _count_faults(wanted, len(sources), record)
     first_user = next((draft for draft in drafts if draft.role == "user"), None)
     pictures: Iterator[Part] = chain(map(ImagePart, sources), repeat(TextPart(IMAGE_PLACEHOLDER)))
     turns: list[Turn] = []
     for draft in drafts:
-        missing = max(0, len(sources) - wanted) if draft is first_user else 0
-        pieces = [*[Placeholder(), TextPart("\n")] * missing, *draft.pieces]
+        pieces: Iterable[Piece] = draft.pieces
+        if draft is first_user and len(sources) > wanted:
+            front = [Placeholder(), TextPart("\n")] * (len(sources) - wanted)
+            pieces = [*front, *draft.pieces]
         parts = joined(
-            next(pictures) if isinstance(piece, Placeholder) else piece for piece in pieces
+            [next(pictures) if isinstance(piece, Placeholder) else piece for piece in pieces]
         )
         turns.append(Turn(draft.role, parts, draft.position, draft.learn))
     return turns, faults
@@ -224,6 +226,8 @@ def _draft(entry: Any, position: int, read_text: ReadText) -> tuple[Draft | None
 def _turn_keys(entry: dict[str, Any]) -> tuple[str, str]:
     """Under which keys a turn says who speaks and what is said."""
     pairs = (("from", "value"), ("role", "content"))
+    if entry.get("from") is not None and entry.get("value") is not None:
+        return pairs[0]
     return max(pairs, key=lambda pair: sum(entry.get(key) is not None for key in pair))
 
 

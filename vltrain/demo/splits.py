@@ -1,7 +1,7 @@
 """The demo's training and held-out records: real scans, of which no one is on both sides."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,22 @@ def _make_split(
             pictures[signs].append(Picture(file, compose(chosen, rng)))
             number += 1
     chosen_plans = [plan for plan, count in record_counts for _ in range(count)]
-    records: list[dict[str, Any]] = []
     draw = plans.Drawer(pictures, rng)
-    for index, plan in enumerate(chosen_plans):
+
+    def ask(index: int) -> dict[str, Any]:
         asker = Asker(LANGUAGES[index % 2], "digit", rng)
-        records.append(record(f"{name}-{index:04d}", plan(asker, draw)))
-    return Split([records[i] for i in rng.permutation(len(records))], pictures)
+        return record(f"{name}-{index:04d}", chosen_plans[index](asker, draw))
+
+    records = [ask(index) for index in range(len(chosen_plans))]
+    order = rng.permutation(len(records))
+    _ask_repeated_anew(records, ask)
+    return Split([records[i] for i in order], pictures)
+
+
+def _ask_repeated_anew(records: list[dict[str, Any]], ask: Callable[[int], dict[str, Any]]) -> None:
+    """Replace each record that says the same about the same picture as an earlier one."""
+    said: set[str] = set()
+    for index in range(len(records)):
+        while str(records[index]["conversations"]) in said:
+            records[index] = ask(index)
+        said.add(str(records[index]["conversations"]))

@@ -47,6 +47,12 @@ def test_no_picture_is_on_both_sides(splits):
     assert not train & held_out
 
 
+def test_no_record_says_what_another_says(splits):
+    said = [str(entry["conversations"]) for split in splits for entry in split.records]
+
+    assert len(said) == len(set(said))
+
+
 def test_every_named_picture_exists(splits):
     for split in splits:
         files = {picture.file for pictures in split.pictures.values() for picture in pictures}
