@@ -181,7 +181,12 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
         (
             "answer_file",
             ("org/name@v1", Path("q.json"), Path("a.jsonl")),
-            {"batch_size": 4, "max_new_tokens": 512, "pictures": Pictures()},
+            {
+                "batch_size": 4,
+                "max_new_tokens": 512,
+                "format": "auto",
+                "pictures": Pictures(),
+            },
         )
     ]
 
@@ -259,14 +264,43 @@ def test_demo_writes_or_scores(called: list[tuple]):
 def test_preview_gets_data_model_page_and_choice(called: list[tuple]):
     type_in("preview", "a.json", "b.json", "--model", "base", "-o", "p.html", "--samples", "3")
 
-    named = {"model": "base", "samples": 3, "seed": 0, "pictures": Pictures(), "max_length": None}
+    named = {
+        "model": "base",
+        "samples": 3,
+        "seed": 0,
+        "format": "auto",
+        "pictures": Pictures(),
+        "max_length": None,
+    }
     assert called == [("preview", ([Path("a.json"), Path("b.json")], Path("p.html")), named)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "a.json"),
+        ("stats", "a.json", "--model", "base"),
+        ("preview", "a.json", "--model", "base", "-o", "p.html"),
+        ("chat", "base", "--input", "a.json", "--output", "b.jsonl"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_reads_data_takes_its_format(called: list[tuple], words: tuple[str, ...]):
+    type_in(*words, "--format", "swift")
+
+    assert called[0][2]["format"] == "swift"
 
 
 def test_stats_gets_data_model_and_limit(called: list[tuple]):
     type_in("stats", "a.json", "--model", "base", "--max-length", "64", "--json")
 
-    named = {"model": "base", "pictures": Pictures(), "max_length": 64, "as_json": True}
+    named = {
+        "model": "base",
+        "format": "auto",
+        "pictures": Pictures(),
+        "max_length": 64,
+        "as_json": True,
+    }
     assert called == [("stats", ([Path("a.json")],), named)]
 
 

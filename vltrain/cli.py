@@ -41,7 +41,22 @@ Model = Annotated[
 ]
 Data = Annotated[
     list[Path] | None,
-    typer.Option("--data", help="JSON or JSONL of conversations; may be given several times."),
+    typer.Option(
+        "--data",
+        help="Conversations as JSON, JSONL or Parquet, a folder, or a dataset on the hub: "
+        "org/name[@revision][:split]; repeatable.",
+    ),
+]
+DataFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Conversations: JSON, JSONL, Parquet, a folder of Parquet or of a saved dataset, or "
+        "a dataset on the hub: org/name[@revision][:split]."
+    ),
+]
+DataFormat = Annotated[
+    Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"],
+    typer.Option("--format", help="How records are read; auto tells by their content."),
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", help="The directory that the run is written to.")
@@ -188,7 +203,8 @@ def chat(
         str, typer.Argument(help="A base, merged or adapter folder, or a name on the hub.")
     ],
     questions: Annotated[
-        Path, typer.Option("--input", help="JSON or JSONL of conversations to answer.")
+        Path,
+        typer.Option("--input", help="Conversations to answer: whatever is trained on."),
     ],
     answers: Annotated[
         Path,
@@ -200,6 +216,7 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Tokens after which an answer is cut.")
     ] = 512,
+    data_format: DataFormat = "auto",
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
 ) -> None:
@@ -215,13 +232,14 @@ def chat(
         answers,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        format=data_format,
         pictures=_pictures(image_root, allow_urls),
     )
 
 
 @app.command()
 def check(
-    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    data: DataFiles,
     model: Annotated[
         str | None, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
     ] = None,
@@ -235,10 +253,7 @@ def check(
         Literal["error", "drop"],
         typer.Option("--too-long", help="What a longer sample is: an error, or to be dropped."),
     ] = "error",
-    data_format: Annotated[
-        Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"],
-        typer.Option("--format", help="How records are read; auto tells by their content."),
-    ] = "auto",
+    data_format: DataFormat = "auto",
     decode: Annotated[
         bool,
         typer.Option("--decode", help="Decode every picture; else headers and ends are read."),
@@ -336,7 +351,7 @@ def llava(file: AnnotationFile, output: TrainingFile, images: Images = None) -> 
 
 @app.command()
 def preview(
-    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    data: DataFiles,
     model: Annotated[
         str, typer.Option("--model", help="Who is to see it: a folder or a hub name.")
     ],
@@ -345,6 +360,7 @@ def preview(
         int, typer.Option("--samples", min=1, help="How many records to show, drawn at random.")
     ] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Decides which records are drawn.")] = 0,
+    data_format: DataFormat = "auto",
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
     max_length: Annotated[
@@ -364,6 +380,7 @@ def preview(
         model=model,
         samples=samples,
         seed=seed,
+        format=data_format,
         pictures=_pictures(image_root, allow_urls),
         max_length=max_length,
     )
@@ -371,10 +388,11 @@ def preview(
 
 @app.command()
 def stats(
-    data: Annotated[list[Path], typer.Argument(help="JSON or JSONL of conversations.")],
+    data: DataFiles,
     model: Annotated[
         str, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
     ],
+    data_format: DataFormat = "auto",
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
     max_length: Annotated[
@@ -393,6 +411,7 @@ def stats(
     print_stats(
         data,
         model=model,
+        format=data_format,
         pictures=_pictures(image_root, allow_urls),
         max_length=max_length,
         as_json=as_json,

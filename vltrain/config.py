@@ -163,8 +163,8 @@ NOT_YOURS_TO_SET = {
 NEEDED = {
     "model": "give --model, or `model:` in the recipe: a folder of weights or a name on the hub",
     "output": "give --output, or `output:` in the recipe: the directory the run is written to",
-    "data": "give --data, or `data.files` in the recipe: the JSON or JSONL to learn from",
-    "data.files": "give --data, or `data.files` in the recipe: the JSON or JSONL to learn from",
+    "data": "give --data, or `data.files` in the recipe: the conversations to learn from",
+    "data.files": "give --data, or `data.files` in the recipe: the conversations to learn from",
 }
 
 

@@ -149,3 +149,11 @@ def test_boxes_in_pixels_are_counted_by_the_size_of_their_picture(tmp_path: Path
     collected = collect([written(tmp_path, swift)], LetterProcessor())
 
     assert (collected.refused, collected.box_counts) == (0, [1])
+
+
+def test_records_are_counted_in_the_format_that_is_set(tmp_path: Path):
+    said = [{"role": "user", "content": "<img>a.png</img>q"}, {"role": "gpt", "content": "a"}]
+    file = written(tmp_path, {"messages": said})
+
+    assert collect([file], LetterProcessor()).refused == 1
+    assert collect([file], LetterProcessor(), format="qwen_vl").image_counts == [1]

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import IMAGE_START_ID, write_qwen_vl
 
 from vltrain.config import FreezeConfig
+from vltrain.data.conversation import ImagePart
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
@@ -20,7 +23,7 @@ from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.saving import Origin, save_adapter
-from vltrain.workflows.chat import answer_file, prompt_of, read_questions
+from vltrain.workflows.chat import answer_file, content_hash, prompt_of, read_questions
 from vltrain.workflows.merge import merge
 
 SYSTEM = b"\x01system\nYou are a helpful assistant.\x02\n"  # 1 and 2 stand for the turn's marks
@@ -159,6 +162,54 @@ def test_the_output_has_one_object_for_each_assistant_turn(
     assert [row["expected"] for row in written] == ["1", "2", "hello", "", "好"]
     assert "done: 5 answers" in console.file.getvalue()
     assert [file.name for file in output.parent.iterdir()] == ["answers.jsonl"]
+
+
+def stored(file: Path, *questions: str) -> None:
+    """Write questions about a picture as Parquet, with the picture's bytes in every row."""
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(picture, "PNG")
+    turns = [[{"from": "user", "value": q}, {"from": "gpt", "value": ""}] for q in questions]
+    columns = {"id": list(questions), "image": [picture.getvalue()] * len(questions)}
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns | {"conversations": turns}), file)
+
+
+def test_a_folder_of_parquet_is_answered_with_each_rows_file(
+    tmp_path: Path, model: Path, console: Console
+):
+    folder = tmp_path / "shards"
+    stored(folder / "a.parquet", "<image>one", "<image>two")
+    stored(folder / "b.parquet", "<image>three")
+
+    answer_file(str(model), folder, tmp_path / "a.jsonl", max_new_tokens=1, console=console)
+
+    assert [(row["file"], row["record"], row["id"]) for row in rows(tmp_path / "a.jsonl")] == [
+        (str(folder / "a.parquet"), 0, "<image>one"),
+        (str(folder / "a.parquet"), 1, "<image>two"),
+        (str(folder / "b.parquet"), 0, "<image>three"),
+    ]
+
+
+def test_answers_to_questions_that_have_changed_are_not_kept(tmp_path: Path, console: Console):
+    asked = []
+    for text in ("<image>one", "<image>one", "<image>two"):
+        stored(tmp_path / "a.parquet", text)
+        questions = read_questions(tmp_path / "a.parquet", LOCAL_PICTURES, console)
+        asked.append(content_hash(question.record for question in questions))
+
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_questions_are_read_in_the_format_that_is_set(tmp_path: Path, console: Console):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    said = [turn("user", "<img>red.png</img>q"), turn("assistant", "a")]
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([{"messages": said}]))
+
+    with pytest.raises(VltrainError, match="1 error"):
+        read_questions(file, LOCAL_PICTURES, console)
+    (question,) = read_questions(file, LOCAL_PICTURES, console, format="qwen_vl")
+    assert ImagePart("red.png") in question.before[0].parts
 
 
 def cut_off_after(answers: int, whole: Path, task: dict[str, Any], draft: Path) -> None:

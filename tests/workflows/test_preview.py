@@ -87,6 +87,33 @@ def test_findings_stand_with_their_record_and_a_faulty_one_is_shown_as_it_is(tmp
     assert "<b>error: not json</b>" in broken
 
 
+def test_a_faulty_record_is_shown_without_the_bytes_of_its_pictures(tmp_path, model):
+    uri = f"data:image/png;base64,{'A' * 3000}"
+    turns = [{"from": "user", "value": "<image><image>q"}, {"from": "gpt", "value": "a"}]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"image": [{"path": uri}], "messages": turns}]))
+
+    preview([file], tmp_path / "page.html", model=model)
+
+    (faulty,) = sections(tmp_path / "page.html")
+    assert '<pre class="raw">' in faulty
+    assert "data:image/png;base64,AAA" in faulty
+    assert "A" * 100 not in faulty
+
+
+def test_records_are_shown_in_the_format_that_is_set(tmp_path, model):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    said = [{"role": "user", "content": "<img>red.png</img>q"}, {"role": "gpt", "content": "a"}]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"messages": said}]))
+
+    preview([file], tmp_path / "page.html", model=model, format="qwen_vl")
+
+    (sample,) = sections(tmp_path / "page.html")
+    assert "picture 1: 4 image tokens" in sample
+    assert "error" not in sample
+
+
 def test_a_sample_over_the_limit_has_its_finding(tmp_path, model, data):
     preview([data], tmp_path / "page.html", model=model, max_length=100)
 

@@ -181,7 +181,7 @@ def check_files(
     """Read files once and report all that would stop or spoil a training run.
 
     Args:
-        files: JSON lists or JSONL files.
+        files: data files, folders or names, as `sources.scan_records` takes them.
         processor: counts tokens; without it lengths are not checked.
         pictures: where pictures are looked up.
         max_length: tokens, image tokens included; None: any length.

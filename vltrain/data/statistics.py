@@ -13,7 +13,7 @@ from pathlib import Path
 from vltrain.data.conversation import Conversation
 from vltrain.data.encoding import Processor, encode_conversation
 from vltrain.data.faults import Fault
-from vltrain.data.formats import conversation_from_record
+from vltrain.data.formats import Format, conversation_from_record
 from vltrain.data.grounding import parse_boxes
 from vltrain.data.images import picture_size
 from vltrain.data.packing import pack
@@ -106,7 +106,11 @@ class Summary:
 
 
 def collect(
-    files: Iterable[Path], processor: Processor, *, pictures: Pictures = LOCAL_PICTURES
+    files: Iterable[Path],
+    processor: Processor,
+    *,
+    format: Format = "auto",
+    pictures: Pictures = LOCAL_PICTURES,
 ) -> Collected:
     """Read data files once; records that cannot be laid out are counted and left out."""
     collected = Collected()
@@ -119,7 +123,10 @@ def collect(
             collected.records += 1
             try:
                 conversation = conversation_from_record(
-                    entry.value, where=entry.name, image_size=pictures.measure(entry.file)
+                    entry.value,
+                    where=entry.name,
+                    format=format,
+                    image_size=pictures.measure(entry.file),
                 )
             except VltrainError:
                 collected.refused += 1

@@ -7,7 +7,7 @@ their name when all are there. A run that was cut off goes on behind its last an
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from vltrain.data.checks import check_files
 from vltrain.data.conversation import ImagePart, Turn
 from vltrain.data.encoding import Processor, prompt_ids
-from vltrain.data.formats import conversation_from_record, read_turns
+from vltrain.data.formats import Format, conversation_from_record, read_turns
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.records import Record
 from vltrain.data.sources import read_records
@@ -52,9 +52,11 @@ class Question:
     expected: str  # what the file has there
     before: tuple[Turn, ...]
 
-    def answered(self, answer: str) -> dict[str, Any]:
-        """The line of the output file."""
+    def answered(self, answer: str, asked: Path) -> dict[str, Any]:
+        """The line of the output file; it names the file where `asked` is a folder of them."""
+        shard = {} if self.record.file == asked else {"file": str(self.record.file)}
         return {
+            **shard,
             "record": self.record.index,
             "turn": self.turn,
             "id": self.record.value.get("id"),
@@ -70,6 +72,7 @@ def answer_file(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 512,
+    format: Format = "auto",
     pictures: Pictures = LOCAL_PICTURES,
     console: Console | None = None,
 ) -> None:
@@ -79,11 +82,12 @@ def answer_file(
 
     Args:
         model: a folder of a base, a merged model or an adapter, or a name on the hub.
-        questions_file: JSON list or JSONL of conversations; what an assistant says in it may be
-            empty where nothing is expected.
+        questions_file: conversations, as `sources.scan_records` takes them; what an assistant
+            says in them may be empty where nothing is expected.
         output: JSONL to write; an older file of that name is replaced once all is answered.
         batch_size: questions answered side by side.
         max_new_tokens: tokens after which an answer is cut.
+        format: how records are read; "auto" tells by the content of each.
         pictures: where pictures are looked up.
         console: where progress is shown; default stderr.
 
@@ -92,10 +96,11 @@ def answer_file(
     """
     console = console or Console(stderr=True)
     hide_weight_bars()
-    questions = read_questions(questions_file, pictures, console)
+    questions = read_questions(questions_file, pictures, console, format=format)
     folder = resolve_model(model).path
     task = {
-        "questions": hashlib.sha256(questions_file.read_bytes()).hexdigest(),
+        "questions": content_hash(question.record for question in questions),
+        "format": format,
         "image_root": None if pictures.image_root is None else str(pictures.image_root),
         "model": fingerprint(folder),
         "max_new_tokens": max_new_tokens,
@@ -116,14 +121,16 @@ def answer_file(
     with opened as file, _progress(console) as bar:
         shown = bar.add_task("answering", total=len(questions), completed=len(kept))
         for question, answer in zip(questions[len(kept) :], answers, strict=True):
-            file.write(_line(question.answered(answer)))
+            file.write(_line(question.answered(answer, questions_file)))
             file.flush()
             bar.advance(shown)
     write_without_first_line(draft, output)
     console.print(f"done: {len(questions)} answers in {output}", soft_wrap=True)
 
 
-def read_questions(file: Path, pictures: Pictures, console: Console) -> list[Question]:
+def read_questions(
+    file: Path, pictures: Pictures, console: Console, *, format: Format = "auto"
+) -> list[Question]:
     """Every assistant turn of a file, in its order.
 
     An assistant turn that opens a record is asked for too, behind nothing but the system turn;
@@ -133,13 +140,13 @@ def read_questions(file: Path, pictures: Pictures, console: Console) -> list[Que
         VltrainError: something keeps records from being read, missing and broken pictures
             included (`console` is told all of it); or there is nothing to answer.
     """
-    report = check_files([file], pictures=pictures, labels="reference", decode=False)
+    report = check_files([file], pictures=pictures, labels="reference", format=format, decode=False)
     if report.errors:
         print_report(replace(report, findings=report.errors), console)
     refuse_errors(report, [file], undone="asked")
     questions = []
     for record in read_records(file):
-        questions += _questions_of(record, pictures)
+        questions += _questions_of(record, pictures, format)
     if not questions:
         raise VltrainError.at(
             str(file),
@@ -149,13 +156,13 @@ def read_questions(file: Path, pictures: Pictures, console: Console) -> list[Que
     return questions
 
 
-def _questions_of(record: Record, pictures: Pictures) -> list[Question]:
+def _questions_of(record: Record, pictures: Pictures, format: Format) -> list[Question]:
     """The assistant turns of one record, the first of all included."""
     measure = pictures.measure(record.file)
     conversation = conversation_from_record(
-        record.value, lenient=True, where=record.name, image_size=measure
+        record.value, lenient=True, where=record.name, format=format, image_size=measure
     )
-    turns, _ = read_turns(record.value, image_size=measure)
+    turns, _ = read_turns(record.value, format=format, image_size=measure)
     questions = []
     for turn in turns:
         if turn.role == "assistant":
@@ -202,6 +209,14 @@ def load_for_answers(folder: Path) -> tuple[PreTrainedModel, Any]:
         base = find_base(folder)
         return load_adapted(folder, base, dtype=dtype).to(device), load_processor(base.path)
     return load_model(folder, dtype=dtype, device=device), load_processor(folder)
+
+
+def content_hash(records: Iterable[Record]) -> str:
+    """What tells one set of records from another, in whatever files they are."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(f"{record.index} {json.dumps(record.value)}\n".encode())
+    return digest.hexdigest()
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def check(
     """Print every finding about data files to stdout.
 
     Args:
-        files: JSON lists or JSONL files.
+        files: data files, folders or names, as `sources.scan_records` takes them.
         pictures: where pictures are looked up.
         model: a folder or a name on the hub, whose tokenizer counts; without it lengths are
             not checked.

@@ -17,7 +17,7 @@ from vltrain.config import DataConfig
 from vltrain.data.checks import Finding, check_files
 from vltrain.data.conversation import Conversation, ImagePart
 from vltrain.data.encoding import Processor, Sample, encode_conversation
-from vltrain.data.formats import conversation_from_record, record_id
+from vltrain.data.formats import Format, conversation_from_record, record_id
 from vltrain.data.grounding import Region, parse_regions
 from vltrain.data.images import shown
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
@@ -45,6 +45,7 @@ class ViewContext:
     """What the samples of a page are made with."""
 
     processor: ReadableProcessor
+    format: Format
     pictures: Pictures
     findings: dict[tuple[str, int | None], list[Finding]]  # of file and record
 
@@ -56,6 +57,7 @@ def preview(
     model: str,
     samples: int = 20,
     seed: int = 0,
+    format: Format = "auto",
     pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
 ) -> None:
@@ -65,11 +67,12 @@ def preview(
     records are read and checked, `samples` of them are shown.
 
     Args:
-        files: JSON lists or JSONL files.
+        files: data files, folders or names, as `sources.scan_records` takes them.
         output: the HTML file to write; an older one is replaced.
         model: a folder or a name on the hub, whose tokenizer is used; no weights are loaded.
         samples: how many to show, drawn at random and kept in the order of the files.
         seed: decides which; the same seed shows the same samples.
+        format: how records are read; "auto" tells by the content of each.
         pictures: where pictures are looked up.
         max_length: tokens, image tokens included; longer samples are marked.
 
@@ -79,15 +82,17 @@ def preview(
     """
     _refuse_place(output, files)
     processor = load_processor(model)
-    report = check_files(files, processor=processor, pictures=pictures, max_length=max_length)
+    report = check_files(
+        files, processor=processor, format=format, pictures=pictures, max_length=max_length
+    )
     if not report.records:
         raise VltrainError.at(
             ", ".join(str(file) for file in files),
             what="there is no record to show",
             fix="`vltrain check` says what is wrong",
         )
-    context = ViewContext(processor, pictures, _by_record(report.findings))
-    collected = collect(files, processor, pictures=pictures)
+    context = ViewContext(processor, format, pictures, _by_record(report.findings))
+    collected = collect(files, processor, format=format, pictures=pictures)
     views = [_sample_view(entry, context) for entry in chosen_entries(files, samples, seed)]
     head = PageHead(
         files=tuple(str(file) for file in files),
@@ -155,10 +160,13 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
     view = replace(view, id=record_id(entry.value))
     try:
         conversation = conversation_from_record(
-            entry.value, where=entry.name, image_size=context.pictures.measure(entry.file)
+            entry.value,
+            where=entry.name,
+            format=context.format,
+            image_size=context.pictures.measure(entry.file),
         )
     except VltrainError:
-        raw = json.dumps(entry.value, ensure_ascii=False, indent=2)
+        raw = json.dumps(_without_bytes(entry.value), ensure_ascii=False, indent=2)
         return replace(view, raw=raw[:_RAW_CHARACTERS])
     sample = encode_conversation(conversation, context.processor)
     return replace(
@@ -167,6 +175,15 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
         learned_tokens=sample.learned_tokens,
         pictures=tuple(_picture_views(conversation, entry, context.pictures)),
     )
+
+
+def _without_bytes(value: Any) -> Any:
+    """A record in which every `data:` URI is cut to its beginning."""
+    if isinstance(value, dict):
+        return {key: _without_bytes(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_bytes(entry) for entry in value]
+    return shown(value) if isinstance(value, str) and value.startswith("data:") else value
 
 
 def turns_of(sample: Sample, processor: ReadableProcessor) -> tuple[tuple[Piece, ...], ...]:

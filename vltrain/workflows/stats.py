@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vltrain.config import DataConfig
+from vltrain.data.formats import Format
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.statistics import PictureCounts, Spread, Summary, collect, summarise
 from vltrain.errors import VltrainError
@@ -21,6 +22,7 @@ def stats(
     files: Sequence[Path],
     *,
     model: str,
+    format: Format = "auto",
     pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
     as_json: bool = False,
@@ -28,8 +30,9 @@ def stats(
     """Print the figures of data files to stdout.
 
     Args:
-        files: JSON lists or JSONL files.
+        files: data files, folders or names, as `sources.scan_records` takes them.
         model: a folder or a name on the hub, whose tokenizer counts; no weights are loaded.
+        format: how records are read; "auto" tells by the content of each.
         pictures: where pictures are looked up.
         max_length: tokens; of a packed row, and a limit to count longer samples for. None: what
             a recipe has that does not say.
@@ -39,7 +42,7 @@ def stats(
         VltrainError: no record of the files can be read.
     """
     processor = load_processor(model)
-    collected = collect(files, processor, pictures=pictures)
+    collected = collect(files, processor, format=format, pictures=pictures)
     if not collected.lengths:
         raise VltrainError.at(
             ", ".join(str(file) for file in files),
