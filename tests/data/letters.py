@@ -24,6 +24,7 @@ class LetterProcessor:
     """A letter's id is its code point; a picture is two image tokens; "S" is the system."""
 
     default_system: str | None = "S"
+    picture_side: int | None = None
     turn_start_id: int = START
     turn_end_id: int = END
     newline_id: int = NEWLINE

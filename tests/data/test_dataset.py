@@ -82,6 +82,23 @@ def test_a_pictures_bytes_may_stand_in_the_record(tmp_path):
     assert sample["pixel_values"][:, :, 0, 0].tolist() == [[10, 20, 30]]
 
 
+def test_a_large_jpeg_is_decoded_at_the_scale_that_the_processor_needs(tmp_path):
+    Image.new("RGB", (400, 240)).save(tmp_path / "a.jpg")
+    seen = []
+
+    class Watching(LetterProcessor):
+        def image_processor(self, images, return_tensors):
+            seen.extend(image.size for image in images)
+            return super().image_processor(images, return_tensors)
+
+    records = [Record(tmp_path / "t.json", 0, record("<img>a.jpg</img>q", "a"))]
+
+    for side in (None, 40):
+        SampleDataset(records, Watching(picture_side=side))[0]
+
+    assert seen == [(400, 240), (200, 120)]
+
+
 def test_boxes_in_pixels_are_measured_on_the_picture_beside_the_data_file(tmp_path):
     Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
     value = {"query": "<image>q", "response": "<bbox>", "images": ["a.png"]}

@@ -69,6 +69,47 @@ def test_exif_orientation_is_not_applied():
     assert open_image(path).size == as_stored
 
 
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((300, 240), (300, 240)),  # half of 240 is less than 3 times 56
+        ((350, 336), (175, 168)),
+        ((1000, 336), (500, 168)),
+        ((1344, 1400), (168, 175)),
+        ((4000, 3000), (500, 375)),  # no smaller than an eighth
+    ],
+)
+def test_a_large_jpeg_is_decoded_no_smaller_than_is_needed(tmp_path, size, decoded):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", size, (200, 100, 50)).save(path)
+
+    assert open_image(path, side=56).size == decoded
+    assert open_image(path.read_bytes(), side=56).size == decoded
+    assert open_image(path).size == size
+
+
+def test_a_reduced_jpeg_gives_the_model_almost_the_same_pixels(tmp_path):
+    y, x = np.mgrid[0:600, 0:800]
+    waves = np.stack([128 + 60 * np.sin(x / 9) + 60 * np.cos(y / (7 + c)) for c in range(3)], -1)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(waves.astype(np.uint8)).save(path, quality=90)
+
+    whole, reduced = (
+        np.asarray(picture.resize((56, 56), Image.Resampling.BICUBIC), dtype=int)
+        for picture in (open_image(path), open_image(path, side=56))
+    )
+
+    assert np.abs(whole - reduced).mean() < 0.5
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_small_pictures_and_other_kinds_are_the_same_to_the_bit_at_any_side(tmp_path, ending):
+    path = noise(tmp_path / f"a.{ending}")  # 64 pixels a side
+    side = 12 if ending == "jpg" else 2  # 3 * 12 pixels are more than half of 64
+
+    assert open_image(path, side=side).tobytes() == open_image(path).tobytes()
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_deep_grey_is_stretched_over_its_range(tmp_path, dtype):
     values = np.array([[1000, 1500, 2000]], dtype=dtype)

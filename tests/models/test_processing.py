@@ -74,6 +74,7 @@ def test_sizes_come_from_the_published_config(folder):
     processor = processor_from_folder(folder)
 
     assert processor.image_processor.image_size == 112
+    assert processor.picture_side == 112
     assert processor.image_ids("cat.png") == [474, *[476] * 16, 475]
 
 

@@ -123,7 +123,9 @@ class SampleDataset:
         }
         if sample.images:
             pictures = [
-                self.pictures.open(source, record.file, where=record.name)
+                self.pictures.open(
+                    source, record.file, where=record.name, side=self.processor.picture_side
+                )
                 for source in sample.images
             ]
             processed = self.processor.image_processor(images=pictures, return_tensors="pt")

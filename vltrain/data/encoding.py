@@ -23,6 +23,8 @@ class Processor(Protocol):
     image_processor: Callable[..., Any]
     """`image_processor(images=[picture, …], return_tensors="pt")["pixel_values"]`:
     float [n, 3, S, S]."""
+    picture_side: int | None
+    """Pixels a side that every picture is stretched to; None: that depends on the picture."""
     default_system: str | None
     """What the system turn says where a record has none; None: no system turn then."""
     turn_start_id: int

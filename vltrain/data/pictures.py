@@ -67,13 +67,19 @@ class Pictures:
         return _scheme_fault(source, scheme)
 
     def open(
-        self, source: str, data_file: Path | None = None, *, where: str | None = None
+        self,
+        source: str,
+        data_file: Path | None = None,
+        *,
+        where: str | None = None,
+        side: int | None = None,
     ) -> Image.Image:
         """The picture as RGB, as `images.open_image` gives it.
 
         Args:
             source, data_file: as for `locate`.
             where: what an error calls the record.
+            side: pixels a side that it will be stretched to, as for `images.open_image`.
 
         Raises:
             VltrainError: the picture is missing or broken.
@@ -81,7 +87,7 @@ class Pictures:
         place = self.locate(source, data_file)
         if isinstance(place, Fault):
             raise error_of([place], where or shown(source))
-        return open_image(place, name=_name(source, place), where=where)
+        return open_image(place, name=_name(source, place), where=where, side=side)
 
     def size(self, source: str, data_file: Path | None = None) -> tuple[int, int] | Fault:
         """Width and height in pixels, from the header alone, or why they are not known."""

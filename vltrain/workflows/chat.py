@@ -187,7 +187,8 @@ def prompt_of(question: Question, processor: Processor, pictures: Pictures) -> P
 
     def load_pixels() -> Tensor:
         record = question.record
-        images = [pictures.open(s, record.file, where=record.name) for s in sources]
+        side = processor.picture_side  # as in training, so that it sees what it learned from
+        images = [pictures.open(s, record.file, where=record.name, side=side) for s in sources]
         return processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     return Prompt(prompt_ids(question.before, processor), load_pixels if sources else None)

@@ -89,6 +89,11 @@ class QwenVLProcessor:
     default_system: str | None = "You are a helpful assistant."
 
     @property
+    def picture_side(self) -> int:
+        """Pixels a side that every picture is stretched to."""
+        return self.image_processor.image_size
+
+    @property
     def turn_start_id(self) -> int:
         """The id of `<|im_start|>`."""
         return self.tokenizer.convert_tokens_to_ids(TURN_START)
