@@ -58,6 +58,10 @@ DataFormat = Annotated[
     Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"],
     typer.Option("--format", help="How records are read; auto tells by their content."),
 ]
+Labels = Annotated[
+    Literal["assistant", "reference"],
+    typer.Option("--labels", help="What a run learns of it, as its data.labels."),
+]
 Output = Annotated[
     Path | None, typer.Option("--output", help="The directory that the run is written to.")
 ]
@@ -254,6 +258,7 @@ def check(
         typer.Option("--too-long", help="What a longer sample is: an error, or to be dropped."),
     ] = "error",
     data_format: DataFormat = "auto",
+    labels: Labels = "assistant",
     decode: Annotated[
         bool,
         typer.Option("--decode", help="Decode every picture; else headers and ends are read."),
@@ -274,6 +279,7 @@ def check(
             max_length=max_length,
             too_long=too_long,
             format=data_format,
+            labels=labels,
             decode=decode,
             as_json=as_json,
         )
@@ -361,6 +367,7 @@ def preview(
     ] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Decides which records are drawn.")] = 0,
     data_format: DataFormat = "auto",
+    labels: Labels = "assistant",
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
     max_length: Annotated[
@@ -381,6 +388,7 @@ def preview(
         samples=samples,
         seed=seed,
         format=data_format,
+        labels=labels,
         pictures=_pictures(image_root, allow_urls),
         max_length=max_length,
     )
@@ -393,6 +401,7 @@ def stats(
         str, typer.Option("--model", help="Whose tokens to count: a folder or a hub name.")
     ],
     data_format: DataFormat = "auto",
+    labels: Labels = "assistant",
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
     max_length: Annotated[
@@ -412,6 +421,7 @@ def stats(
         data,
         model=model,
         format=data_format,
+        labels=labels,
         pictures=_pictures(image_root, allow_urls),
         max_length=max_length,
         as_json=as_json,

@@ -60,6 +60,15 @@ def test_the_format_can_be_said(tmp_path):
     assert check([file], format="qwen_vl") == 0
 
 
+def test_what_the_original_takes_is_no_error_to_a_run_that_learns_as_it_did(tmp_path, capsys):
+    file = tmp_path / "train.json"
+    turns = [{"from": "user", "value": "a"}, {"from": "user", "value": "b"}]
+    file.write_text(json.dumps([{"conversations": [*turns, {"from": "assistant", "value": "c"}]}]))
+
+    assert check([file]) == 1
+    assert check([file], labels="reference") == 0
+
+
 def test_pictures_are_decoded_where_that_is_asked(tmp_path):
     picture = tmp_path / "a.png"
     Image.effect_noise((64, 64), 90).save(picture)

@@ -170,6 +170,17 @@ def test_every_record_has_the_same_chance_to_be_drawn(tmp_path):
     assert all(70 <= drawn.count(index) <= 130 for index in range(4))
 
 
+def test_the_page_colours_what_the_labels_of_the_run_learn(tmp_path, model, data):
+    page = tmp_path / "page.html"
+
+    preview([data], page, model=model)
+    by_assistant = page.read_text().count('class="t c l"')
+    preview([data], page, model=model, labels="reference")
+    by_reference = page.read_text().count('class="t c l"')
+
+    assert by_reference > by_assistant > 0
+
+
 def test_a_box_or_quad_belongs_to_the_last_picture_before_it():
     def box(x: int) -> TextPart:
         return TextPart(f"<box>({x},0),(9,9)</box>")

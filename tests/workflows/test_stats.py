@@ -62,6 +62,17 @@ def test_tokens_are_those_of_the_model(tmp_path: Path, model: str, capsys):
     }
 
 
+def test_what_is_learned_follows_the_labels_of_the_run(tmp_path: Path, model: str, capsys):
+    file = tmp_path / "one.json"
+    turns = [{"from": "user", "value": "ab"}, {"from": "assistant", "value": "c"}]
+    file.write_text(json.dumps([{"conversations": turns}]))
+
+    stats([file], model=model, labels="reference", as_json=True)
+
+    # Beginning, end and line end of three turns and the answer; nothing predicts the very first.
+    assert json.loads(capsys.readouterr().out)["learned_tokens"] == 3 * 3 + 1 - 1
+
+
 def test_records_that_are_left_out_are_said(tmp_path: Path, model: str, capsys):
     file = write_conversations(tmp_path)
     file.write_text(json.dumps([*json.loads(file.read_text(encoding="utf-8")), {}]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vltrain.data.conversation import Conversation
-from vltrain.data.encoding import Processor, encode_conversation
+from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode_conversation
 from vltrain.data.faults import Fault
 from vltrain.data.formats import Format, conversation_from_record
 from vltrain.data.grounding import parse_boxes
@@ -110,6 +110,7 @@ def collect(
     processor: Processor,
     *,
     format: Format = "auto",
+    labels: LabelPolicy = "assistant",
     pictures: Pictures = LOCAL_PICTURES,
 ) -> Collected:
     """Read data files once; records that cannot be laid out are counted and left out."""
@@ -124,6 +125,7 @@ def collect(
             try:
                 conversation = conversation_from_record(
                     entry.value,
+                    lenient=labels == "reference",
                     where=entry.name,
                     format=format,
                     image_size=pictures.measure(entry.file),
@@ -131,7 +133,8 @@ def collect(
             except VltrainError:
                 collected.refused += 1
                 continue
-            _count_sample(collected, conversation, processor)
+            sample = encode_conversation(conversation, processor, labels)
+            _count_sample(collected, conversation, sample)
             _count_pictures(collected, conversation, entry, pictures)
     return collected
 
@@ -199,8 +202,7 @@ def expected_packing(lengths: Iterable[int], max_length: int) -> Packing:
     return Packing(max_length, len(fitting), rows, efficiency)
 
 
-def _count_sample(collected: Collected, conversation: Conversation, processor: Processor) -> None:
-    sample = encode_conversation(conversation, processor)
+def _count_sample(collected: Collected, conversation: Conversation, sample: Sample) -> None:
     spoken = [turn.text for turn in conversation.turns if turn.role != "system"]
     collected.lengths.append(len(sample.input_ids))
     collected.learned_tokens.append(sample.learned_tokens)

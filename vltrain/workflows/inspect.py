@@ -13,7 +13,7 @@ from rich.text import Text
 
 from vltrain.data.checks import Finding, Report, check_files
 from vltrain.data.dataset import TooLong
-from vltrain.data.encoding import Processor
+from vltrain.data.encoding import LabelPolicy, Processor
 from vltrain.data.formats import Format
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.errors import VltrainError
@@ -29,6 +29,7 @@ def check(
     max_length: int | None = None,
     too_long: TooLong = "error",
     format: Format = "auto",
+    labels: LabelPolicy = "assistant",
     decode: bool = False,
     as_json: bool = False,
 ) -> int:
@@ -42,6 +43,7 @@ def check(
         max_length: tokens, image tokens included; None: any length.
         too_long: are longer samples errors, or dropped and counted?
         format: how records are read; "auto" tells by the content of each.
+        labels: what a run learns; under "reference" it takes what the original code takes.
         decode: decode pictures whole; False: read their headers and ends.
         as_json: print one JSON object instead of text.
 
@@ -57,6 +59,7 @@ def check(
             pictures=pictures,
             max_length=max_length,
             too_long=too_long,
+            labels=labels,
             decode=decode,
             format=format,
             workers=min(os.cpu_count() or 1, _MOST_WORKERS),

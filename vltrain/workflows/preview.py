@@ -16,7 +16,7 @@ from rich.console import Console
 from vltrain.config import DataConfig
 from vltrain.data.checks import Finding, check_files
 from vltrain.data.conversation import Conversation, ImagePart
-from vltrain.data.encoding import Processor, Sample, encode_conversation
+from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode_conversation
 from vltrain.data.formats import Format, conversation_from_record, record_id
 from vltrain.data.grounding import Region, parse_regions
 from vltrain.data.images import shown
@@ -46,6 +46,7 @@ class ViewContext:
 
     processor: ReadableProcessor
     format: Format
+    labels: LabelPolicy
     pictures: Pictures
     findings: dict[tuple[str, int | None], list[Finding]]  # of file and record
 
@@ -58,6 +59,7 @@ def preview(
     samples: int = 20,
     seed: int = 0,
     format: Format = "auto",
+    labels: LabelPolicy = "assistant",
     pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
 ) -> None:
@@ -73,6 +75,7 @@ def preview(
         samples: how many to show, drawn at random and kept in the order of the files.
         seed: decides which; the same seed shows the same samples.
         format: how records are read; "auto" tells by the content of each.
+        labels: what a run learns of them, as `encode` has it.
         pictures: where pictures are looked up.
         max_length: tokens, image tokens included; longer samples are marked.
 
@@ -83,7 +86,12 @@ def preview(
     _refuse_place(output, files)
     processor = load_processor(model)
     report = check_files(
-        files, processor=processor, format=format, pictures=pictures, max_length=max_length
+        files,
+        processor=processor,
+        format=format,
+        labels=labels,
+        pictures=pictures,
+        max_length=max_length,
     )
     if not report.records:
         raise VltrainError.at(
@@ -91,8 +99,8 @@ def preview(
             what="there is no record to show",
             fix="`vltrain check` says what is wrong",
         )
-    context = ViewContext(processor, format, pictures, _by_record(report.findings))
-    collected = collect(files, processor, format=format, pictures=pictures)
+    context = ViewContext(processor, format, labels, pictures, _by_record(report.findings))
+    collected = collect(files, processor, format=format, labels=labels, pictures=pictures)
     views = [_sample_view(entry, context) for entry in chosen_entries(files, samples, seed)]
     head = PageHead(
         files=tuple(str(file) for file in files),
@@ -161,6 +169,7 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
     try:
         conversation = conversation_from_record(
             entry.value,
+            lenient=context.labels == "reference",
             where=entry.name,
             format=context.format,
             image_size=context.pictures.measure(entry.file),
@@ -168,7 +177,7 @@ def _sample_view(entry: Record | Unreadable, context: ViewContext) -> SampleView
     except VltrainError:
         raw = json.dumps(_without_bytes(entry.value), ensure_ascii=False, indent=2)
         return replace(view, raw=raw[:_RAW_CHARACTERS])
-    sample = encode_conversation(conversation, context.processor)
+    sample = encode_conversation(conversation, context.processor, context.labels)
     return replace(
         view,
         turns=turns_of(sample, context.processor),

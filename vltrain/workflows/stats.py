@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vltrain.config import DataConfig
+from vltrain.data.encoding import LabelPolicy
 from vltrain.data.formats import Format
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.statistics import PictureCounts, Spread, Summary, collect, summarise
@@ -23,6 +24,7 @@ def stats(
     *,
     model: str,
     format: Format = "auto",
+    labels: LabelPolicy = "assistant",
     pictures: Pictures = LOCAL_PICTURES,
     max_length: int | None = None,
     as_json: bool = False,
@@ -33,6 +35,7 @@ def stats(
         files: data files, folders or names, as `sources.scan_records` takes them.
         model: a folder or a name on the hub, whose tokenizer counts; no weights are loaded.
         format: how records are read; "auto" tells by the content of each.
+        labels: what a run learns of them, as `encode` has it.
         pictures: where pictures are looked up.
         max_length: tokens; of a packed row, and a limit to count longer samples for. None: what
             a recipe has that does not say.
@@ -42,7 +45,7 @@ def stats(
         VltrainError: no record of the files can be read.
     """
     processor = load_processor(model)
-    collected = collect(files, processor, format=format, pictures=pictures)
+    collected = collect(files, processor, format=format, labels=labels, pictures=pictures)
     if not collected.lengths:
         raise VltrainError.at(
             ", ".join(str(file) for file in files),
