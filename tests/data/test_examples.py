@@ -87,6 +87,26 @@ IN_QWEN_VL_FORM = {
         record(f"{HOUSE}\nFind the door.", "<ref>the door</ref><box>(450,600),(600,850)</box>"),
         record("一年有几个季节？", "四个。"),
     ],
+    "pictures.parquet": [
+        with_system("Be brief.", f"{CLOCK}What time is it?", "Three o'clock."),
+        record(f"{SHAPES}{HOUSE}In which picture is a door?", "In the second."),
+        record("一周有几天？", "七天。"),
+    ],
+    "shards": [
+        record(f"{HOUSE}\nWhat does the sign say?", "OPEN."),
+        record("Name a planet.", "Mars."),
+        record(
+            f"{SHAPES}{CLOCK}\nIn which picture is a circle?",
+            "In both.",
+            "Is one red?",
+            "Yes, in the first.",
+        ),
+    ],
+    "saved": [
+        record(f"{HOUSE}Where is the door?", "<ref>The door</ref><box>(450,600),(600,850)</box>"),
+        record("What is the capital of Japan?", "Tokyo."),
+    ],
+    "saved:test": [record(f"{CLOCK}What colour is the face?", "White.")],
 }
 
 
@@ -118,6 +138,10 @@ def test_an_example_is_encoded_as_the_same_conversations_in_qwen_vl_form(name, p
         ("llava.json", ["llava", "llava", "qwen_vl"]),
         ("sharegpt.json", ["llava", "llava", "qwen_vl"]),
         ("swift.jsonl", ["swift"] * 4),
+        ("pictures.parquet", ["messages"] * 3),
+        ("shards", ["llava", "qwen_vl", "llava"]),
+        ("saved", ["llava", "qwen_vl"]),
+        ("saved:test", ["llava"]),
     ],
 )
 def test_the_format_of_an_example_is_told_by_its_content(name, formats):
@@ -125,10 +149,10 @@ def test_the_format_of_an_example_is_told_by_its_content(name, formats):
 
 
 def test_every_example_is_clean():
-    files = sorted(file for file in EXAMPLES.iterdir() if file.suffix in (".json", ".jsonl"))
+    files = sorted(path for path in EXAMPLES.iterdir() if path.name != "images")
 
     report = check_files(files, processor=LETTERS, max_length=400)
 
     assert report.findings == ()
-    assert len(files) == 8
+    assert len(files) == 11
     assert report.records >= 3 * len(files)
