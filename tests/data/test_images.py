@@ -137,7 +137,7 @@ def test_a_file_cut_short_is_found_and_refused(tmp_path, ending):
         open_image(path, where="t#1")
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
 def test_a_file_cut_short_is_found_by_its_end(tmp_path, ending):
     whole = noise(tmp_path / f"whole.{ending}")
     cut = tmp_path / f"cut.{ending}"

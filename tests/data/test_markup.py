@@ -74,3 +74,22 @@ def test_a_picture_tag_in_prose_is_refused(text):
 def test_boxes_in_prose_must_pair_up():
     assert prose_faults("<ref>cat</ref><box>(1,2),(3,4)</box>", "here") == []
     assert [fault.kind for fault in prose_faults("<ref>cat", "here")] == ["unclosed_tag"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("<ref>a<box>(1,2),(3,4)</box></ref>", ["nested_tag"]),
+        ("<ref>a<box></ref>(1,2),(3,4)</box>", ["nested_tag"]),
+        ("<ref>a<box>(1,2),(3,4)</box>", ["unclosed_tag"]),
+        ("<img>a.png <ref>a</ref>", ["unclosed_tag"]),
+        ("<img>a<img>b</img>", ["nested_tag"]),
+        ("<ref>a<box>b", ["unclosed_tag", "unclosed_tag"]),
+        ("</ref><ref>", ["stray_tag", "unclosed_tag"]),
+    ],
+)
+def test_each_slip_of_a_tag_is_one_fault(text, kinds):
+    parts, faults = parts_of(text, "here")
+
+    assert [fault.kind for fault in faults] == kinds
+    assert parts == (TextPart(text),)

@@ -95,11 +95,12 @@ class Checker:
             return Examined((self._finding(entry, None, entry.fault),))
         conversation, faults = self._read(entry)
         readable = not any(map(self._refuses, faults))
-        oddities = [fault.kind for fault in faults]
+        kinds = {fault.kind for fault in faults}
         sources = filter(None, conversation.image_sources)  # an empty path is a fault of the form
         looks = {source: self._look(source, entry.file) for source in sources}
         regions, found = _look_through(conversation, looks)
-        faults += found
+        silence_known = kinds & {"nothing_to_learn", "bad_part"}  # what made a turn empty
+        faults += [new for new in found if not (silence_known and new.kind == "empty_turn")]
         sample = None
         too_long: list[Fault] = []
         if readable and self.processor is not None:
@@ -111,7 +112,7 @@ class Checker:
             return Examined(findings)
         length = len(sample.input_ids) if sample else characters(conversation)
         traits = Traits(
-            content_of(conversation, {key: look.path for key, look in looks.items()}, oddities),
+            content_of(conversation, {key: look.path for key, look in looks.items()}, kinds),
             FOUND_TOO_LONG if too_long else length,
             learned_answers(conversation),
             spots_of(regions, _largest(looks)),
@@ -252,7 +253,7 @@ def _picture_faults(turn: Turn, looks: dict[str, Look]) -> Iterator[Fault]:
 
 def _empty_turn_faults(turn: Turn) -> Iterator[Fault]:
     """A question or an answer without a word or picture: readable, but it teaches silence."""
-    if turn.role != "system" and not turn.parts:
+    if turn.role != "system" and turn.is_blank:
         message = f"{turn.name} is empty"
         fix = "write what is said, or remove the question with its answer"
         yield Fault("empty_turn", message, fix, "strict")

@@ -44,6 +44,11 @@ class Turn:
         return "".join([part.text for part in self.parts if isinstance(part, TextPart)])
 
     @property
+    def is_blank(self) -> bool:
+        """Is there neither a word nor a picture?"""
+        return not self.text.strip() and all(isinstance(part, TextPart) for part in self.parts)
+
+    @property
     def written(self) -> str:
         """The turn as the Qwen-VL list has it, its pictures as `<img>path</img>`."""
         return "".join(

@@ -73,8 +73,8 @@ def read_conversation(
     """The turns of a record that can be read, and all that is wrong with the record."""
     turns, faults = read_turns(record, format=format, image_size=image_size)
     if turns and not any(fault.kind in UNKNOWN_TURN for fault in faults):
-        turns, found = _without_leading_assistant(turns)
-        faults += [*found, *_order_faults(turns)]
+        turns, leading = _without_leading_assistant(turns)
+        faults += [*(leading if turns else ()), *_order_faults(turns)]
     return Conversation(tuple(turns), record_id(record)), faults
 
 

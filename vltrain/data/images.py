@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from vltrain.data.faults import Fault, error_of
 
@@ -26,7 +27,13 @@ TURNED_PICTURE = "turned_picture"  # kind of a fault that matters to records wit
 REDUCED_MARGIN = 3
 # What stands at the end of a whole file, and in how many of its last bytes: cameras write a
 # little behind it.
-_END_MARKS = {"JPEG": (b"\xff\xd9", 1024), "PNG": (b"IEND", 1024), "GIF": (b";", 1)}
+_END_MARKS = {
+    "JPEG": (b"\xff\xd9", 1024),
+    "MPO": (b"\xff\xd9", 1024),  # a JPEG with more behind it, as telephones write
+    "PNG": (b"IEND", 1024),
+    "GIF": (b";", 1),
+}
+_TIFF_PARTS = ((273, 279), (324, 325))  # tags: where strips, or tiles, begin and their bytes
 # What Pillow's decoders raise on bytes that are no picture.
 _DECODE_ERRORS = (
     OSError,
@@ -135,7 +142,7 @@ def look_at(place: Place, *, name: str | None = None, decode: bool = True) -> Lo
         with Image.open(_readable(place)) as image:
             size, mode = image.size, image.mode
             orientation = _orientation(image)
-            if decode or not _ends_well(place, image.format):
+            if decode or not _ends_well(place, image):
                 image.draft("RGB", (1, 1))  # the smallest that a JPEG can be decoded to
                 image.load()
     except _DECODE_ERRORS as error:
@@ -172,16 +179,29 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _ends_well(place: Place, format: str | None) -> bool:
+def _ends_well(place: Place, image: Image.Image) -> bool:
     """Does a picture's file end as its format says? True where the format does not say."""
     with open(place, "rb") if isinstance(place, Path) else io.BytesIO(place) as file:
         length = file.seek(0, os.SEEK_END)
-        if format == "WEBP":
-            file.seek(4)  # behind "RIFF": how many bytes follow
-            return int.from_bytes(file.read(4), "little") + 8 <= length
-        mark, tail_bytes = _END_MARKS.get(format or "", (b"", 0))
+        if image.format in ("WEBP", "BMP"):
+            file.seek(4 if image.format == "WEBP" else 2)
+            behind = 8 if image.format == "WEBP" else 0  # "RIFF" and the number do not count
+            return int.from_bytes(file.read(4), "little") + behind <= length
+        if isinstance(image, TiffImageFile):
+            return _tiff_end(image) <= length
+        mark, tail_bytes = _END_MARKS.get(image.format or "", (b"", 0))
         file.seek(max(0, length - tail_bytes))
         return mark in file.read(tail_bytes)
+
+
+def _tiff_end(image: TiffImageFile) -> int:
+    """Up to which byte the pixels of a TIFF go, as its header says; 0 where it does not."""
+    ends = [0]
+    for starts, sizes in _TIFF_PARTS:
+        if starts in image.tag_v2 and sizes in image.tag_v2:
+            pairs = zip(image.tag_v2[starts], image.tag_v2[sizes], strict=False)
+            ends += [start + size for start, size in pairs]
+    return max(ends)
 
 
 def picture_size(place: Place, *, name: str | None = None) -> tuple[int, int] | Fault:

@@ -11,12 +11,16 @@ from vltrain.data.faults import Fault
 from vltrain.data.json_list import NotJsonError, list_elements
 from vltrain.data.records import Record, Unreadable
 
+_WIDE = Fault("not_utf8", "the file is UTF-16 or UTF-32, not UTF-8", "save the file as UTF-8")
+
 
 def scan_list(path: Path) -> Iterator[Record | Unreadable]:
     """The elements of a JSON list, read piece by piece."""
     with path.open("rb") as file:
         begins = _first_bytes(file)
-        file.seek(0)
+        if _is_wide(file):
+            yield Unreadable(path, None, _WIDE)
+            return
         if begins.startswith(b"["):
             try:
                 for index, value in enumerate(list_elements(file)):
@@ -35,6 +39,14 @@ def _first_bytes(file: BinaryIO) -> bytes:
     return begins
 
 
+def _is_wide(file: BinaryIO) -> bool:
+    """Does a file begin as UTF-16 or UTF-32 does, with or without a mark? Goes to its start."""
+    file.seek(0)
+    begins = file.read(4)
+    file.seek(0)
+    return begins[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in begins
+
+
 def _no_list(raw: bytes) -> Fault:
     """Why a file that does not begin with `[` is no list of records."""
     parsed = _parse(raw)
@@ -49,11 +61,9 @@ def scan_lines(path: Path) -> Iterator[Record | Unreadable]:
     """The lines of a JSONL file, empty ones skipped but counted."""
     first = True
     with path.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            fault = Fault("not_utf8", "the file is UTF-16, not UTF-8", "save the file as UTF-8")
-            yield Unreadable(path, None, fault)
+        if _is_wide(file):
+            yield Unreadable(path, None, _WIDE)
             return
-        file.seek(0)
         for index, line in enumerate(file):
             raw = line.removeprefix(codecs.BOM_UTF8) if index == 0 else line
             if not raw.strip():

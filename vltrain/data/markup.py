@@ -30,28 +30,36 @@ def parts_of(text: str, where: str) -> tuple[tuple[Part, ...], list[Fault]]:
     """
     parts: list[Part] = []
     faults: list[Fault] = []
-    opened: re.Match[str] | None = None  # the tag that waits for its end; no two nest
+    opened: re.Match[str] | None = None  # the tag that waits for its end
+    inside: re.Match[str] | None = None  # the first tag in an <img> that waits for its end
+    outer: list[tuple[re.Match[str], re.Match[str]]] = []  # opened before, and what began in it
     text_start = 0
     for tag in TAG.finditer(text):
         closes, name = bool(tag[1]), tag[2]
         if opened and closes and opened[2] == name:
-            if name == "img":
+            if inside:
+                faults.append(_misplaced("nested_tag", where, inside, "inside <img>", "unreadable"))
+            elif name == "img":
                 source = text[opened.end() : tag.start()].strip()
                 parts += [TextPart(text[text_start : opened.start()]), ImagePart(source)]
                 text_start = tag.end()
                 faults += [] if source else [_empty_path(where)]
-            opened = None
+            opened = inside = None
         elif opened and opened[2] == "img":
-            faults.append(_misplaced("nested_tag", where, tag, "inside <img>", "unreadable"))
+            inside = inside or tag
         elif closes:
-            faults.append(_misplaced("stray_tag", where, tag, "without its beginning"))
+            pair = next((pair for pair in reversed(outer) if pair[0][2] == name), None)
+            if pair:
+                outer.remove(pair)
+                faults.append(_misplaced("nested_tag", where, pair[1], f"inside <{name}>"))
+            else:
+                faults.append(_misplaced("stray_tag", where, tag, "without its beginning"))
         else:
-            if opened:
-                faults.append(_misplaced("nested_tag", where, tag, f"inside {opened[0]}"))
+            outer += [(opened, tag)] if opened else []
             opened = tag
-    if opened:
-        grade: Grade = "unreadable" if opened[2] == "img" else "strict"
-        faults.append(_misplaced("unclosed_tag", where, opened, "without its end", grade))
+    for tag in [*(begun for begun, _ in outer), *([opened] if opened else [])]:
+        grade: Grade = "unreadable" if tag[2] == "img" else "strict"
+        faults.append(_misplaced("unclosed_tag", where, tag, "without its end", grade))
     parts.append(TextPart(text[text_start:]))
     return joined(parts), faults
 

@@ -17,9 +17,9 @@ from vltrain.data.grounding import GRID, Box, Region
 FOUND_TOO_LONG = 0  # in place of a length that has a finding already
 NO_CONTENT = 0  # in place of the content of a record that could not be read
 _MOST_BOXES = 64  # distinct ones, of a file; enough to tell chance from pixels
-_FEWEST_BOXES = 3
 _CHANCE = 1e-4  # that boxes on the grid lie as boxes in pixels do
-_REACH = 0.6  # of a picture's sides: boxes in pixels come at least so near the far edges
+_LEAST_CHANCE = 0.05  # of one box: what is boxed in small pictures is alike, so no few are enough
+_REACH = 0.5  # of a picture's sides: boxes in pixels go beyond that
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,14 @@ class PixelScale:
 
     @property
     def looks_like_pixels(self) -> bool:
-        """Are the boxes inside, near the far edges too, and too many for chance?"""
-        if not self.fits or len(self.spots) < _FEWEST_BOXES:
+        """Are the boxes inside, in the far half too, and too many for chance?"""
+        if not self.fits or not self.spots:
             return False
         reaches = [(spot.right / spot.width, spot.bottom / spot.height) for spot in self.spots]
-        near_edges = all(max(axis) >= _REACH for axis in zip(*reaches, strict=True))
-        chance = math.prod(
-            min(1, spot.width / GRID) * min(1, spot.height / GRID) for spot in self.spots
-        )
-        return near_edges and chance < _CHANCE
+        far_half = all(max(axis) > _REACH for axis in zip(*reaches, strict=True))
+        shares = (min(1, s.width / GRID) * min(1, s.height / GRID) for s in self.spots)
+        chance = math.prod(max(_LEAST_CHANCE, share) for share in shares)
+        return far_half and chance < _CHANCE
 
 
 @dataclass
@@ -137,7 +136,7 @@ def content_of(
         oddities: kinds of faults for which the conversation is not quite what the record says,
             such as a first turn that was dropped; they are told apart from records without.
     """
-    said = list(oddities)
+    said = sorted(oddities)
     for turn in conversation.turns:
         said.append(f"{turn.role} {turn.learn}")
         for part in turn.parts:

@@ -202,6 +202,9 @@ def _draft(entry: Any, position: int, read_text: ReadText) -> tuple[Draft | None
         message = f"turn {position} is {json_type(entry)}, not an object"
         return None, [Fault("bad_turn", message, 'write {"from": "user", "value": "…"}')]
     speaker, said = _turn_keys(entry)
+    if speaker not in entry and said not in entry:
+        message = f"turn {position} has neither `{speaker}`{near_miss(speaker, entry)} nor `{said}`"
+        return None, [Fault("bad_turn", message, f'write {{"{speaker}": "user", "{said}": "…"}}')]
     faults = [
         *_key_faults(entry, position, speaker, "who speaks", (str,)),
         *_key_faults(
