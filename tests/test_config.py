@@ -338,7 +338,7 @@ def test_what_is_missing_is_asked_for_by_its_flag(missing: str, advice: str):
         ("trainer.output_dir=x", "set output instead"),
         ("trainer.remove_unused_columns=true", "hold the pictures"),
         ("trainer.resume_from_checkpoint=x", "start it again"),
-        ("trainer.deepspeed=zero2.json", "one process"),
+        ("trainer.deepspeed=zero2.json", "set deepspeed: zero2"),
         ("trainer.label_smoothing_factor=0.1", "labels that are not shifted"),
     ],
 )

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,12 @@ import typer
 
 from vltrain import __version__
 from vltrain.errors import Stopped, VltrainError
+from vltrain.training.processes import (
+    end_after_failure,
+    is_first,
+    leave_group,
+    started_by_torchrun,
+)
 from vltrain.workflows.quiet import quiet_loggers
 
 if TYPE_CHECKING:
@@ -65,6 +72,15 @@ Labels = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", help="The directory that the run is written to.")
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=1,
+        help="How many GPUs of this machine to train on. Default: one. For several machines, or "
+        "processes on a CPU, call torchrun -m vltrain in its place.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -100,14 +116,22 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_loggers()
+    if not is_first():
+        logging.getLogger().setLevel(logging.ERROR)
     try:
         app()
     except VltrainError as error:
+        if started_by_torchrun():
+            end_after_failure(f"error: {error}", error.exit_code)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
+    except Exception:
+        if started_by_torchrun():
+            end_after_failure(traceback.format_exc(), code=1)
+        raise
 
 
 def _print_version(wanted: bool) -> None:
@@ -140,13 +164,14 @@ def full(
     model: Model = None,
     data: Data = None,
     output: Output = None,
+    gpus: Gpus = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a model's own weights.
 
     All but the vision tower learns, unless the recipe says otherwise.
     """
-    _train("full", recipe, model, data, output, overrides)
+    _train("full", recipe, model, data, output, gpus, overrides)
 
 
 @app.command()
@@ -155,10 +180,11 @@ def lora(
     model: Model = None,
     data: Data = None,
     output: Output = None,
+    gpus: Gpus = None,
     overrides: Overrides = None,
 ) -> None:
     """Train low-rank adapters on a frozen base."""
-    _train("lora", recipe, model, data, output, overrides)
+    _train("lora", recipe, model, data, output, gpus, overrides)
 
 
 def _train(
@@ -167,6 +193,7 @@ def _train(
     model: str | None,
     data: list[Path] | None,
     output: Path | None,
+    gpus: int | None,
     overrides: list[str] | None,
 ) -> None:
     from vltrain.config import load_recipe
@@ -179,9 +206,22 @@ def _train(
         output=output,
         overrides=overrides or (),
     )
+    if gpus is not None:
+        from vltrain.training.launch import refuse_wrong_count
+
+        refuse_wrong_count(gpus)
+    if not started_by_torchrun() and ((gpus or 1) > 1 or loaded.needs_processes):
+        from vltrain.training.launch import launch
+
+        words = [method, *([] if recipe is None else [str(recipe)])]
+        flags = [("--model", model), *(("--data", file) for file in data or ())]
+        flags += [("--output", output), *(("--set", text) for text in overrides or ())]
+        words += [word for flag, value in flags if value is not None for word in (flag, str(value))]
+        raise typer.Exit(launch(gpus or 1, words))
     from vltrain.workflows.train import train
 
     train(loaded)
+    leave_group()
 
 
 @app.command()

@@ -26,6 +26,7 @@ from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
 
 Method = Literal["full", "lora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+EngineChoice = Literal["auto", "ddp", "deepspeed", "fsdp2"]
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -119,9 +120,16 @@ class Recipe:
     output: UserPath
     data: DataConfig
     dtype: Dtype = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
+    engine: EngineChoice = "auto"  # spreads a run over processes; auto: by size, GPUs and memory
+    deepspeed: str | None = None  # a name of ds_configs/ (zero1, zero2, zero3, …) or a file's path
     lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
+
+    @property
+    def needs_processes(self) -> bool:
+        """Whether the engine wants processes that know of each other, even where it is one."""
+        return self.engine in ("deepspeed", "fsdp2") or self.deepspeed is not None
 
 
 SECTIONS = {"data": DataConfig, "lora": LoraConfig, "freeze": FreezeConfig}
@@ -153,10 +161,10 @@ NOT_YOURS_TO_SET = {
     "do_train": ("the command already says it", ""),
     "do_eval": ("evaluation follows from the data", "give data.eval_files or data.eval_share"),
     "do_predict": ("a run trains; it answers nothing", "use vltrain chat --input"),
-    "deepspeed": ("a run is one process", ""),
-    "fsdp": ("a run is one process", ""),
-    "fsdp_config": ("a run is one process", ""),
-    "parallelism_config": ("a run is one process", ""),
+    "deepspeed": ("the recipe has a key of its own for it", "set deepspeed: zero2, or engine"),
+    "fsdp": ("the engine is the recipe's own `engine`", "set engine: fsdp2"),
+    "fsdp_config": ("the engine is the recipe's own `engine`", "set engine: fsdp2"),
+    "parallelism_config": ("a run is spread by one of the engines", "set engine or deepspeed"),
 }
 """`trainer:` keys that are refused: why, and what to do instead of only leaving the key out."""
 
@@ -334,6 +342,12 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
                 f"`trainer.{key}` cannot be set: {reason}",
                 instead or f"take out `trainer.{key}`",
             )
+    if recipe.deepspeed is not None and recipe.engine in ("ddp", "fsdp2"):
+        refuse(
+            "deepspeed",
+            f"engine is {recipe.engine}, and deepspeed: {recipe.deepspeed} is given",
+            "take out deepspeed, or set engine: deepspeed",
+        )
     if data.eval_files and data.eval_share:
         refuse(
             "data.eval_share",

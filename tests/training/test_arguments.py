@@ -1,13 +1,14 @@
-"""A run is one process on one card, whatever else the machine has."""
+"""What a recipe's `trainer:` section and its engine become for the Trainer."""
 
+import os
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe, load_recipe
-from vltrain.errors import VltrainError
-from vltrain.training.arguments import training_arguments
+from vltrain.training.arguments import step_count, training_arguments
+from vltrain.training.engines import Engine
 
 
 @pytest.fixture
@@ -29,9 +30,28 @@ def test_a_second_card_is_left_alone(recipe, monkeypatch):
     assert training_arguments(recipe).n_gpu == 1
 
 
-def test_several_processes_are_refused(recipe, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_a_launcher_that_wants_another_engine_is_not_listened_to(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # makes DDP of DeepSpeed
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
 
-    with pytest.raises(VltrainError, match="2 processes were started, and a run is one"):
-        training_arguments(recipe)
+    training_arguments(recipe)
+
+    assert not {"ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP"} & os.environ.keys()
+
+
+def test_under_ddp_nothing_is_searched_for_unused_weights(recipe):
+    arguments = training_arguments(recipe, Engine("ddp", "a test"))
+
+    assert arguments.ddp_find_unused_parameters is False
+
+
+@pytest.mark.parametrize(
+    ("samples", "processes", "steps"),
+    [(8, 1, 4), (8, 2, 2), (9, 2, 3), (5, 4, 1)],  # 2 samples a step and process
+)
+def test_an_epoch_has_fewer_steps_on_more_processes(recipe, monkeypatch, samples, processes, steps):
+    arguments = training_arguments(recipe)
+    arguments.gradient_accumulation_steps, arguments.num_train_epochs = 2, 1
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+
+    assert step_count(arguments, samples) == steps

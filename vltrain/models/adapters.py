@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models.family import Family, Part, has_prefix
+from vltrain.models.shares import element_count, is_zero3
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_MARK = ".lora_"
@@ -59,10 +60,11 @@ def set_learned(model: PreTrainedModel, family: Family, freeze: FreezeConfig) ->
 def widen_learned(model: nn.Module) -> None:
     """Hold what learns in float32, whatever the checkpoint's dtype.
 
-    At a learning rate of 1e-5 most updates of a bfloat16 weight are lost in rounding.
+    At a learning rate of 1e-5 most updates of a bfloat16 weight are lost in rounding. What
+    DeepSpeed has shared out is left alone: its optimizer keeps a float32 weight of its own.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_zero3(parameter):
             parameter.data = parameter.data.float()
 
 
@@ -146,6 +148,14 @@ def refuse_impossible(freeze: FreezeConfig) -> None:
         )
 
 
+def learns_to_see(model: nn.Module, family: Family) -> bool:
+    """Whether a weight of the vision tower or of the projector takes a gradient."""
+    return any(
+        parameter.requires_grad and family.parts.of(name.removeprefix(PEFT_PREFIX)) != "language"
+        for name, parameter in model.named_parameters()
+    )
+
+
 def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount]:
     """Learned and all parameters of each part, low-rank adapters as a part of their own.
 
@@ -157,7 +167,7 @@ def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount
         plain = name.removeprefix(PEFT_PREFIX)
         part = "adapter" if ADAPTER_MARK in plain else family.parts.of(plain)
         before = counts.get(part, PartCount(0, 0))
-        learned = parameter.numel() if parameter.requires_grad else 0
-        size = 0 if COPY_MARK in plain else parameter.numel()
+        learned = element_count(parameter) if parameter.requires_grad else 0
+        size = 0 if COPY_MARK in plain else element_count(parameter)
         counts[part] = PartCount(before.learned + learned, before.total + size)
     return counts

@@ -30,6 +30,7 @@ QWEN_VL = Family(
     lora_targets=("c_attn", "attn.c_proj", "w1", "w2"),
     embeddings=("transformer.wte", "lm_head"),
     constants=("transformer.visual.attn_pool.pos_embed",),
+    see_always=QwenVLForConditionalGeneration.see_always,
 )
 
 FAMILIES = (QWEN_VL,)

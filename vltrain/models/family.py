@@ -55,3 +55,10 @@ class Family:
     lora_targets: tuple[str, ...]
     embeddings: tuple[str, ...]  # modules that learn beside LoRA when the base is not chat-tuned
     constants: tuple[str, ...]  # parameters that are stored but learn only where a run says so
+    # Lets the vision side run in batches without pictures too, for processes that wait for it.
+    see_always: Callable[[PreTrainedModel], None]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layer classes that the model is a stack of."""
+        return tuple(self.model_class._no_split_modules)

@@ -40,13 +40,20 @@ def write_origin(origin: Origin, out: Path) -> None:
     (out / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def save_adapter(model: PeftModel, origin: Origin, out: Path) -> None:
+def save_adapter(
+    model: PeftModel,
+    origin: Origin,
+    out: Path,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write an adapter as plain `peft`, with the base's tokenizer and the base's hash beside it.
 
     Args:
         model: wrapped by `peft`; its learned modules are saved in their own dtype.
         origin: the base; the adapter's config names it.
         out: an existing folder to write into.
+        tensors: what it has learned, by the names of its parameters, where the model itself does
+            not hold it whole.
     """
     for config in model.peft_config.values():
         if origin.revision is None:
@@ -54,7 +61,7 @@ def save_adapter(model: PeftModel, origin: Origin, out: Path) -> None:
         else:
             config.base_model_name_or_path = origin.name.partition("@")[0]
             config.revision = origin.revision
-    model.save_pretrained(str(out), save_embedding_layers=False)
+    model.save_pretrained(str(out), state_dict=tensors, save_embedding_layers=False)
     for file in companions(origin.path):
         if file.name != "config.json" and file.suffix != ".py":
             shutil.copyfile(file, out / file.name)

@@ -1,5 +1,7 @@
 """The `trainer:` section of a recipe -> `TrainingArguments`, or what is wrong with it."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from vltrain.config import Recipe, unknown_key
 from vltrain.errors import VltrainError
 from vltrain.models.loading import DTYPES, dtype_for_machine
+from vltrain.training.engines import NO_ENGINE, Engine, engine_settings
 from vltrain.training.trainer import compute_precision
 
 COUNTS = (
@@ -26,11 +29,25 @@ COUNTS = (
 """`trainer:` keys of which a step needs at least one."""
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+ENGINE_SWITCHES = (
+    "ACCELERATE_USE_CPU",  # makes DDP of DeepSpeed without a word
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+"""Variables by which a launcher chooses an engine; the recipe alone does."""
+
+
+def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingArguments:
     """The `trainer:` section as `TrainingArguments`, with what the recipe's other parts imply.
 
+    The processes of a run find each other here. Under ZeRO-3, models that are loaded afterwards
+    are shared out while they are read, for as long as the arguments live.
+
     Raises:
-        VltrainError: a key or a value that `TrainingArguments` does not take.
+        VltrainError: a key or a value that `TrainingArguments` does not take, or a file of
+            DeepSpeed's that contradicts it.
     """
     known = [f.name for f in fields(TrainingArguments) if f.init]
     for key in recipe.trainer:
@@ -38,7 +55,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
     _refuse_wrong_types(recipe.trainer)
     _refuse_fp16_without_gpu(recipe.dtype)
-    _refuse_several_processes()
+    for switch in ENGINE_SWITCHES:
+        os.environ.pop(switch, None)
     implied = {
         "use_cpu": not torch.cuda.is_available(),
         **compute_precision(DTYPES[dtype_for_machine(recipe.dtype)]),
@@ -47,11 +65,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "eval_strategy": "no",
     }
-    settings = implied | _current_names(recipe.trainer, known)
+    settings = implied | _current_names(recipe.trainer, known) | engine_settings(engine)
     try:
         arguments = TrainingArguments(
             output_dir=str(recipe.output), remove_unused_columns=False, **settings
         )
+        if engine.name == "deepspeed":
+            _join_deepspeed()
         get_reporting_integration_callbacks(arguments.report_to)  # refuses an unknown one
     except (TypeError, ValueError) as error:
         raise VltrainError.at(
@@ -59,6 +79,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ) from error
     # More cards would make it nn.DataParallel, which parts samples from their pictures.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    _refuse_mismatches(arguments)
     return arguments
 
 
@@ -93,13 +114,26 @@ def _refuse_fp16_without_gpu(dtype: str) -> None:
         )
 
 
-def _refuse_several_processes() -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and "LOCAL_RANK" in os.environ:  # as torchrun sets them
+def _join_deepspeed() -> None:
+    """Show DeepSpeed the processes that have found each other; on a CPU nobody else does.
+
+    Without it, a model that is loaded under ZeRO-3 is shared out among one.
+    """
+    import deepspeed
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has compiled
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def _refuse_mismatches(arguments: TrainingArguments) -> None:
+    """Raise VltrainError where DeepSpeed's file states another value than `trainer:`."""
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    if config is not None and config.mismatches:
+        stated = "; ".join(line.removeprefix("- ") for line in config.mismatches)
         raise VltrainError.at(
-            "torchrun",
-            what=f"{processes} processes were started, and a run is one",
-            fix="start the command by itself",
+            "deepspeed",
+            what=f"its file (ds) and the recipe (hf) differ: {stated}",
+            fix='write "auto" into the file: the recipe\'s value is then used',
         )
 
 
@@ -119,5 +153,6 @@ def step_count(arguments: TrainingArguments, samples: int) -> int:
         return arguments.max_steps
     batches = samples / arguments.per_device_train_batch_size
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    batches = math.ceil(batches / arguments.world_size)  # the last processes take some twice
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(arguments.num_train_epochs * per_epoch)

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 PLAIN_LINE_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
@@ -29,6 +31,26 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and not any(key in logs for key in SUMMARY_KEYS):
             self.write({"step": state.global_step, **logs})
+
+
+class WholeGradients(TrainerCallback):
+    """A gradient of zero for what learns and no sample of a step has touched.
+
+    So a step without pictures moves the projector by what its optimizer remembers, in one process
+    as under the engines that put all gradients into one buffer.
+    """
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: Any,
+    ) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 class ProgressBar(TrainerCallback):

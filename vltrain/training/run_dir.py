@@ -95,6 +95,25 @@ class RunDir:
         text = json.dumps(environment, indent=2, ensure_ascii=False)
         write_whole(self.environment_file, text + "\n")
 
+    def refuse_another_engine(self, engine: str, zero_stage: int | None) -> None:
+        """Raise VltrainError where the checkpoints are of an engine that this one cannot read.
+
+        One process and DDP write the same. The recipe's `engine: auto` may come to another
+        engine on another machine.
+        """
+        if not self.environment_file.is_file() or self.last_checkpoint() is None:
+            return
+        there = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        alike = {"none": "ddp"}
+        before = (alike.get(there["engine"], there["engine"]), there["zero_stage"])
+        if before != (alike.get(engine, engine), zero_stage):
+            said = before[0] if before[1] is None else f"{before[0]} (ZeRO-{before[1]})"
+            raise VltrainError.at(
+                str(self.path),
+                what=f"its checkpoints are of {said}, and this run would be under another engine",
+                fix="resume on a machine like the first, or give another --output",
+            )
+
     def mark_finished(self) -> None:
         """Give what was saved in `final_draft` its name: the run is over."""
         os.replace(self.final_draft, self.final)
@@ -236,9 +255,9 @@ def environment(
         base_path: the folder that the base was read from, absolute: checkpoints lead there.
         base_revision: the hub's commit of it; None for a folder of the user's own.
         base_hash: of the base's weights, as it travels with the adapter.
-        engine: "none" for one process.
+        engine: "none" for one process, else "ddp", "deepspeed" or "fsdp2".
         zero_stage: of DeepSpeed; None elsewhere.
-        world_size: processes.
+        world_size: processes, on all machines.
     """
     return {
         "vltrain": __version__,

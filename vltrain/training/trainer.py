@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from vltrain.data.encoding import IGNORE_INDEX
 from vltrain.data.mixing import Mix
 from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import PackedDataset
+from vltrain.training.callbacks import WholeGradients
+from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 
 
 @dataclass
@@ -37,6 +40,14 @@ class TokenCounts:
         self.real = self.real + (labels.numel() if attention_mask is None else attention_mask.sum())
         self.learned = self.learned + (labels[:, 1:] != IGNORE_INDEX).sum()
         self.places += labels.numel()
+
+    def of_all(self, accelerator: Accelerator) -> "TokenCounts":
+        """The counts of all processes of the run together; every one of them asks."""
+        own = torch.tensor(
+            [int(self.real), int(self.learned), self.places], device=accelerator.device
+        )
+        real, learned, places = accelerator.reduce(own).tolist()
+        return TokenCounts(real, learned, places)
 
     def summary(self, seconds: float) -> dict[str, float | int]:
         """What a line of metrics.jsonl says of them."""
@@ -120,17 +131,25 @@ class Trainer(transformers.Trainer):
         *args: Any,
         mix: Mix | None = None,
         eval_collator: Callable[..., dict[str, Any]] | None = None,
+        engine: Engine = NO_ENGINE,
         **kwargs: Any,
     ) -> None:
-        """As `transformers.Trainer`, and two things more.
+        """As `transformers.Trainer`, and three things more.
 
         Args:
             mix: which of the samples an epoch shows; None: each once.
             eval_collator: makes the batches of evaluation where they are not made as those of
                 training are.
+            engine: what the model must run under when training begins.
         """
         super().__init__(*args, **kwargs)
         self._mix = mix
+        self._engine = engine
+        if engine.name in ("none", "ddp"):
+            self.add_callback(WholeGradients())
+        if self.is_fsdp_enabled and self.args.bf16:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = fsdp2_precision(torch.bfloat16)
         self._eval_collator = eval_collator or self.data_collator
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
@@ -153,6 +172,7 @@ class Trainer(transformers.Trainer):
             return sample_order(np.asarray(dataset.lengths), seed, mix=self._mix)
         if self.args.train_sampling_strategy == "group_by_length":
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            step *= self.args.world_size
             return sample_order(np.asarray(dataset.lengths), seed, mix=self._mix, step_samples=step)
         return super()._get_train_sampler(train_dataset)
 
@@ -167,7 +187,8 @@ class Trainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._counts.places:
             now = time.perf_counter()
-            logs |= self._counts.summary(now - self._counted_since)
+            counts = self._counts.of_all(self.accelerator)
+            logs |= counts.summary(now - self._counted_since)
             self._counts = TokenCounts()
             self._counted_since = now
         super().log(logs, start_time)
@@ -193,6 +214,7 @@ class Trainer(transformers.Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """A run cut off behind its last step has nothing left: `transformers` takes one more."""
+        refuse_other_engine(self.model_wrapped, self._engine)
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:

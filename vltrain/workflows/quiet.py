@@ -8,6 +8,8 @@ MUTED = ("torchao", "torch.utils._pytree")
 
 DROPPED = {
     "DeepSpeed": "Setting accelerator to CPU",
+    "accelerate.accelerator": "[RANK 0] Gradient accumulation steps mismatch",  # DeepSpeed counts
+    "transformers.training_args": "When using FSDP, prefer",  # FSDP's own renames parameters
     "transformers.trainer_utils": "mtime may not be reliable",  # two checkpoints in one second
 }
 """For some loggers the beginning of the one message that is not shown."""
@@ -21,7 +23,8 @@ def quiet_loggers() -> None:
         logging.getLogger(name).addFilter(
             lambda record, beginning=beginning: not record.getMessage().startswith(beginning)
         )
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def hide_weight_bars() -> None:

@@ -1,6 +1,7 @@
 """Recipe -> run directory: the one path for every method."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vltrain.config import DataConfig, Recipe
 from vltrain.data.checks import check_files
@@ -27,6 +29,7 @@ from vltrain.models.adapters import (
     Adapter,
     add_lora,
     count_parts,
+    learns_to_see,
     refuse_impossible,
     set_learned,
 )
@@ -43,9 +46,12 @@ from vltrain.models.loading import (
     load_model,
 )
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
+from vltrain.models.shares import whole_tensors
 from vltrain.training.arguments import step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
+from vltrain.training.engines import Engine, Load, Machine, choose_engine
 from vltrain.training.plot import plot_loss
+from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, checkpoint_step, environment
 from vltrain.training.trainer import Trainer
 from vltrain.workflows.inspect import print_report, refuse_errors
@@ -58,8 +64,13 @@ class Base:
 
     source: ResolvedModel
     family: Family
+    config: PreTrainedConfig
     processor: Any
-    vocabulary_size: int  # rows of the embedding matrix
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding matrix."""
+        return self.config.get_text_config().vocab_size
 
     @property
     def folder(self) -> Path:
@@ -90,7 +101,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
         VltrainError: everything about recipe, data and base that would make the run fail or
             learn something wrong, before the model is loaded.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_first())
     hide_weight_bars()
     run = RunDir(recipe.output)
     if run.state(recipe) == "finished":
@@ -98,11 +109,31 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
             f"{recipe.output} is finished: its weights are in {run.final}", soft_wrap=True
         )
         return
-    arguments = training_arguments(recipe)
     base = read_base(recipe.model)
+    engine = plan_engine(recipe, base)
+    run.refuse_another_engine(engine.name, engine.zero_stage)
+    arguments = training_arguments(recipe, engine)  # before any model is loaded
     halves = read_data(console, recipe.data, base, seed=arguments.seed)
-    fetch_weights(base.source)
+    with arguments.main_process_first():
+        fetch_weights(base.source)
     model = prepare_model(recipe, base, seed=arguments.seed)
+    if engine.name != "none":
+        let_ranks_meet(model, base.family, engine, halves)
+    origin = begin(run, recipe, base, engine) if is_first() else None
+    wait_for_all()
+    show_plan(console, recipe, base, model, halves, arguments, engine)
+    fit(console, run, model, base, halves, arguments, engine)
+    tensors = final_tensors(model, recipe, base)
+    if origin is not None:
+        save_final(run, model, tensors, origin)
+        plot_loss(run.read_metrics(), run.loss_plot)
+        run.mark_finished()
+    wait_for_all()
+    console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}", soft_wrap=True)
+
+
+def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine) -> Origin:
+    """Take the run's directory; the base, with its weights' hash, as results name it."""
     hash_of_base = weights_hash(base.folder)
     run.begin(
         recipe,
@@ -111,14 +142,40 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
             base_path=str(base.folder.resolve()),
             base_revision=base.source.revision,
             base_hash=hash_of_base,
+            engine=engine.name,
+            zero_stage=engine.zero_stage,
+            world_size=process_count(),
         ),
     )
-    show_plan(console, recipe, base, model, halves, arguments)
-    fit(console, run, model, base, halves, arguments)
-    save_final(run, recipe, model, base, hash_of_base)
-    plot_loss(run.read_metrics(), run.loss_plot)
-    run.mark_finished()
-    console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}", soft_wrap=True)
+    return Origin(base.source.name, base.source.path, base.source.revision, hash_of_base)
+
+
+def plan_engine(recipe: Recipe, base: Base) -> Engine:
+    """The engine that the recipe asks for, or that the model's size calls for on this machine.
+
+    Raises:
+        VltrainError: it cannot run here.
+    """
+
+    def load() -> Load:
+        with torch.device("meta"):  # shapes without memory
+            model = base.family.model_class(base.config)
+        counts = count_parts(let_learn(model, recipe, base, seed=0), base.family).values()
+        learned = sum(count.learned for count in counts)
+        width = DTYPES[dtype_for_machine(recipe.dtype)].itemsize
+        return Load(learned, sum(count.total for count in counts) - learned, width)
+
+    return choose_engine(recipe.engine, recipe.deepspeed, Machine.this(), load, base.family.layers)
+
+
+def let_ranks_meet(
+    model: PreTrainedModel | PeftModel, family: Family, engine: Engine, halves: Halves
+) -> None:
+    """Run the vision side in batches without pictures too, where other processes wait for it."""
+    samples = [half for half in (halves.train, halves.evaluation) if half is not None]
+    pictures = any(any(half.image_counts) for half in samples)
+    if learns_to_see(model, family) or (pictures and engine.shards_weights):
+        family.see_always(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def read_base(model: str) -> Base:
@@ -127,7 +184,7 @@ def read_base(model: str) -> Base:
     family = family_of(source.path)
     config = family.read_config(read_json(source.path / "config.json"))
     processor = family.read_processor(source.path)
-    return Base(source, family, processor, config.get_text_config().vocab_size)
+    return Base(source, family, config, processor)
 
 
 def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> Halves:
@@ -207,6 +264,13 @@ def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel |
     model.config.use_cache = False
     if recipe.data.packing:
         attend_packed(model)
+    return let_learn(model, recipe, base, seed=seed)
+
+
+def let_learn(
+    model: PreTrainedModel, recipe: Recipe, base: Base, *, seed: int
+) -> PreTrainedModel | PeftModel:
+    """The model with gradients on what the recipe lets learn, adapters beside it or not."""
     if recipe.method == "full":
         return set_learned(model, base.family, recipe.freeze)
     embeddings = recipe.lora.embeddings
@@ -229,8 +293,9 @@ def show_plan(
     model: PreTrainedModel | PeftModel,
     halves: Halves,
     arguments: TrainingArguments,
+    engine: Engine,
 ) -> None:
-    """What will be learned, from what, in how many steps."""
+    """What will be learned, from what, in how many steps, on what."""
     heading = f"{recipe.method} · {base.source.name} · {base.family.name}"
     console.print(Text(heading, "bold"), soft_wrap=True)
     parts = Table()
@@ -244,6 +309,7 @@ def show_plan(
     console.print(parts)
     samples = halves.train
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    step *= process_count()
     console.print(
         f"{len(samples):,} samples, {sum(samples.lengths):,} tokens "
         f"({sum(samples.learned_tokens):,} learned), {sum(samples.image_counts):,} pictures; "
@@ -266,6 +332,10 @@ def show_plan(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"
     )
+    if engine.name != "none":
+        console.print(
+            f"{process_count()} processes under {engine}: {engine.reason}", soft_wrap=True
+        )
 
 
 def fit(
@@ -275,10 +345,12 @@ def fit(
     base: Base,
     halves: Halves,
     arguments: TrainingArguments,
+    engine: Engine,
 ) -> None:
     """Train, from the last whole checkpoint if there is one."""
     checkpoint = run.last_checkpoint()
-    run.cut_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
+    if is_first():
+        run.cut_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
     progress = ProgressBar(console)
@@ -291,6 +363,7 @@ def fit(
         data_collator=collator if halves.rows is None else collate_rows,
         mix=halves.mix,
         eval_collator=collator,
+        engine=engine,
         callbacks=[MetricsLog(run.append_metrics), progress],
     )
     trainer.remove_callback(PrinterCallback)
@@ -300,34 +373,41 @@ def fit(
         progress.bar.stop()  # or a run that breaks off leaves the terminal without a cursor
 
 
+def final_tensors(
+    model: PreTrainedModel | PeftModel, recipe: Recipe, base: Base
+) -> dict[str, torch.Tensor]:
+    """What a run has made, put together from all processes; {} in all but the first.
+
+    Of an adapter what has learned, in its own dtype; of a model all of it, in its checkpoint's
+    dtype and by its published names. What did not learn is the base's to the bit: a run in a
+    narrower dtype has rounded it, so it is read again then.
+    """
+    parameters = list(model.named_parameters())
+    learned = [(name, p) for name, p in parameters if p.requires_grad]
+    if isinstance(model, PeftModel):
+        return whole_tensors(learned, keep=is_first())
+    dtype = checkpoint_dtype(base.folder)
+    rounded = DTYPES[dtype_for_machine(recipe.dtype)] not in (dtype, torch.float32)
+    tensors = whole_tensors(learned if rounded else parameters, keep=is_first())
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if rounded and is_first():
+        unset_hf_deepspeed_config()  # under ZeRO-3 this model would be shared out as well
+        original = load_model(base.folder).named_parameters()
+        tensors = {name: p.detach() for name, p in original} | tensors
+    return tensors
+
+
 def save_final(
     run: RunDir,
-    recipe: Recipe,
     model: PreTrainedModel | PeftModel,
-    base: Base,
-    hash_of_base: str,
+    tensors: Mapping[str, torch.Tensor],
+    origin: Origin,
 ) -> None:
-    """Write the adapter, or the whole model in the base's layout and dtype, as a draft."""
+    """Write the adapter, or the whole model in the base's layout, as a draft."""
     shutil.rmtree(run.final_draft, ignore_errors=True)
     run.final_draft.mkdir()
-    origin = Origin(base.source.name, base.source.path, base.source.revision, hash_of_base)
     if isinstance(model, PeftModel):
-        save_adapter(model, origin, run.final_draft)
+        save_adapter(model, origin, run.final_draft, tensors)
     else:
-        save_like(base.folder, final_tensors(model, recipe, base), run.final_draft)
+        save_like(origin.path, tensors, run.final_draft)
         write_origin(origin, run.final_draft)
-
-
-def final_tensors(model: PreTrainedModel, recipe: Recipe, base: Base) -> dict[str, torch.Tensor]:
-    """The model's tensors in its checkpoint's dtype, by their published names.
-
-    What did not learn is the base's to the bit. A run in a narrower dtype has rounded it, so it
-    is read again then.
-    """
-    dtype = checkpoint_dtype(base.folder)
-    tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
-    if DTYPES[dtype_for_machine(recipe.dtype)] not in (dtype, torch.float32):
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        original = load_model(base.folder).named_parameters()
-        tensors |= {name: p.detach() for name, p in original if name in frozen}
-    return tensors

@@ -195,6 +195,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         self.h = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.visual = VisionTower(config.vision)
+        self.sees_always = False  # whether the tower runs where a batch has no picture
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -227,9 +228,18 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 f"image tokens each need {pictures * vision.n_queries}"
             )
         if pixel_values is None or pictures == 0:
-            return embeddings
+            return embeddings + self._unseen(embeddings) if self.sees_always else embeddings
         image_tokens = self.visual(pixel_values).to(embeddings.dtype)
         return embeddings.masked_scatter(places[..., None], image_tokens)
+
+    def _unseen(self, embeddings: Tensor) -> Tensor:
+        """Zero, as a function of the tower: a blank picture of which no token is used.
+
+        Its weights get a gradient of zeros, and processes that hold shares of them meet.
+        """
+        side = self.config.vision.image_size
+        blank = embeddings.new_zeros(1, 3, side, side)
+        return self.visual(blank)[:0].sum().to(embeddings.dtype)
 
     @capture_outputs
     def forward(
@@ -333,6 +343,14 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def see_always(self) -> None:
+        """Run the vision tower in every batch, on a blank picture where there is none.
+
+        Where several processes train, each waits for the others at every module whose weights
+        are shared out or learn: one with text alone would leave them waiting.
+        """
+        self.transformer.sees_always = True
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value

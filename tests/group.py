@@ -1,0 +1,60 @@
+"""Several processes for tests: what torchrun would start, with several runs in one start.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/group.py RECIPE...
+
+trains one recipe after the other in the same processes. Starting and importing takes most of a
+small run's time.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start_group(
+    processes: int, *words: str | Path, flags: Sequence[str] = (), timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node PROCESSES WORDS`, run to its end, on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, *flags, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=group_environment(),
+    )
+
+
+def group_environment() -> dict[str, str]:
+    """The environment of a group: no GPU, one thread a process, these sources."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def train_all(
+    processes: int, recipes: Sequence[Path], timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """Train recipes one after the other in one group of processes; every run has to end well."""
+    done = start_group(processes, __file__, *recipes, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def main(recipes: Sequence[str]) -> None:
+    from vltrain.config import read_resolved
+    from vltrain.training.processes import leave_group
+    from vltrain.workflows.quiet import quiet_loggers
+    from vltrain.workflows.train import train
+
+    quiet_loggers()
+    for recipe in recipes:
+        train(read_resolved(Path(recipe)))
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,190 @@
+"""Two processes under each engine learn what one process learns of the same batches."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from group import train_all
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny import write_conversations, write_qwen_vl
+
+from vltrain.config import Recipe, load_recipe, recipe_to_yaml
+from vltrain.models import load_model
+from vltrain.training.run_dir import RunDir
+from vltrain.workflows.merge import merge
+from vltrain.workflows.train import train
+
+pytestmark = pytest.mark.slow
+
+COMMON = (
+    "trainer.max_steps=6",
+    "trainer.per_device_train_batch_size=1",
+    "trainer.learning_rate=1e-3",
+    "trainer.lr_scheduler_type=constant",
+    "trainer.report_to=none",
+)
+LORA = ("lora.r=4", "lora.dropout=0")
+ENGINES = {
+    "ddp": ("engine=ddp",),
+    "zero1": ("deepspeed=zero1",),
+    "zero2": ("deepspeed=zero2",),
+    "zero3": ("deepspeed=zero3",),
+}
+IN_ORDER = "trainer.train_sampling_strategy=sequential"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of this file find their base and data, and where they lie."""
+
+    base: Path
+    data: Path
+    runs: Path
+
+    def recipe(self, name: str, method: str, *overrides: str) -> Recipe:
+        """A run of that name; with adapters, small ones without dropout."""
+        settings = [*COMMON, *(LORA if method == "lora" else ()), *overrides]
+        return load_recipe(
+            None,
+            method=method,
+            model=str(self.base),
+            data=[self.data],
+            output=self.runs / name,
+            overrides=settings,
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Sixteen records: every second one has pictures, the others are text alone."""
+    folder = tmp_path_factory.mktemp("engines")
+    seen = json.loads(write_conversations(folder).read_text(encoding="utf-8"))
+    records = []
+    for number in range(8):
+        turns = [("user", f"Say {number}."), ("assistant", f"It is {number}, " * (number + 1))]
+        text = {"conversations": [{"from": who, "value": words} for who, words in turns]}
+        records += [seen[number % 4], text]
+    data = folder / "mixed.json"
+    data.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return Place(write_qwen_vl(folder / "base"), data, folder / "runs")
+
+
+def cells(place: Place) -> list[Recipe]:
+    """What two processes run, in one start."""
+    made = []
+    for method in ("lora", "full"):
+        for name, engine in ENGINES.items():
+            more = ("trainer.gradient_accumulation_steps=2", *engine)
+            made.append(place.recipe(f"{name}-{method}", method, *more))
+        for name in ("ddp", "zero3"):  # rank 0 has all the pictures, rank 1 none in any step
+            apart = ("trainer.gradient_accumulation_steps=1", IN_ORDER, *ENGINES[name])
+            made.append(place.recipe(f"{name}-{method}-apart", method, *apart))
+    at_once = ("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1")
+    made.append(place.recipe("ddp-full-at-once", "full", *at_once, *ENGINES["ddp"]))
+    made.append(place.recipe("zero3-full-at-once", "full", *at_once, *ENGINES["zero3"]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """All cells, run by two processes; what was shown."""
+    folder = tmp_path_factory.mktemp("recipes")
+    files = []
+    for recipe in cells(place):
+        files.append(folder / f"{recipe.output.name}.yaml")
+        files[-1].write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    return train_all(2, files).stdout
+
+
+@pytest.fixture(scope="module")
+def one(place: Place) -> Place:
+    """What one process makes of the same batches: two thirds of the cells have the same ones."""
+    for method in ("lora", "full"):
+        quiet = Console(file=io.StringIO())
+        train(place.recipe(method, method, "trainer.gradient_accumulation_steps=4"), quiet)
+        apart = ("trainer.gradient_accumulation_steps=2", IN_ORDER)
+        train(place.recipe(f"{method}-apart", method, *apart), quiet)
+    return place
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in RunDir(run).read_metrics() if "loss" in row]
+
+
+def reference(name: str) -> str:
+    """The run of one process whose batches a cell has."""
+    _, method, *more = name.split("-")
+    return f"{method}-apart" if more == ["apart"] else method
+
+
+NAMES = [
+    *(f"{engine}-{method}" for method in ("lora", "full") for engine in ENGINES),
+    *(f"{engine}-{method}-apart" for method in ("lora", "full") for engine in ("ddp", "zero3")),
+    "ddp-full-at-once",
+    "zero3-full-at-once",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_lose_what_one_loses(place, one, two, name):
+    together, alone = losses(place.runs / name), losses(place.runs / reference(name))
+
+    assert len(together) == len(alone) == 6
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert max(alone) - min(alone) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_of_all_processes_are_counted(place, one, two, name):
+    counts = [
+        [row["learned_tokens"] for row in RunDir(place.runs / run).read_metrics()]
+        for run in (name, reference(name))
+    ]
+
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_environment_says_the_engine(place, two, name):
+    said = json.loads((place.runs / name / "environment.json").read_text())
+
+    engine, stage = ("ddp", None) if name.startswith("ddp") else ("deepspeed", int(name[4]))
+    assert (said["engine"], said["zero_stage"], said["world_size"]) == (engine, stage, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "-full" in name])
+def test_a_model_is_saved_whole_and_answers_like_that_of_one_process(place, one, two, name):
+    ours, theirs = (load_model(place.runs / run / "final") for run in (name, reference(name)))
+
+    ids = torch.arange(0, 96)[None]
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-3, rtol=1e-3)
+    published = load_file(place.base / "model.safetensors")
+    assert load_file(place.runs / name / "final" / "model.safetensors").keys() == published.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "-lora" in name])
+def test_an_adapter_is_saved_whole_and_is_that_of_one_process(place, one, two, name):
+    ours, theirs = (
+        load_file(place.runs / run / "final" / "adapter_model.safetensors")
+        for run in (name, reference(name))
+    )
+
+    assert ours.keys() == theirs.keys()
+    for tensor in ours:
+        torch.testing.assert_close(ours[tensor], theirs[tensor], atol=1e-3, rtol=0)
+
+
+def test_an_adapter_of_zero3_is_merged(place, two, tmp_path):
+    merge(place.runs / "zero3-lora" / "final", tmp_path / "m", console=Console(file=io.StringIO()))
+
+    assert (tmp_path / "m" / "config.json").is_file()
+
+
+def test_one_process_speaks_for_all(place, two):
+    for name in NAMES:
+        assert two.count(f"done: {place.runs / name / 'final'};") == 1
+    assert two.count("2 processes under ddp: the recipe asks for it") == 5
