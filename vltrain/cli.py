@@ -303,6 +303,12 @@ def check(
         bool,
         typer.Option("--decode", help="Decode every picture; else headers and ends are read."),
     ] = False,
+    bad_pictures: Annotated[
+        Literal["error", "drop"],
+        typer.Option(
+            "--bad-pictures", help="What a record with a bad picture is: an error, or dropped."
+        ),
+    ] = "error",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report all that is wrong with data files.
@@ -321,6 +327,7 @@ def check(
             format=data_format,
             labels=labels,
             decode=decode,
+            bad_pictures=bad_pictures,
             as_json=as_json,
         )
     )

@@ -72,6 +72,7 @@ class DataConfig:
     url_max_bytes: Annotated[int, Ge(1)] = 50_000_000  # of one downloaded picture
     url_retries: Annotated[int, Ge(0)] = 2  # after a timeout, a 5xx and a 429
     url_private: bool = False  # fetch from this machine and networks that are not public, too
+    bad_pictures: Literal["error", "drop"] = "error"  # drop: leave out records that show one
     cache_dir: UserPath | None = None  # keeps downloads; None: the user's cache folder
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two

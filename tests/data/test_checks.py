@@ -151,6 +151,26 @@ def test_all_findings_of_all_records_are_reported_together(folder):
     ]
 
 
+def test_bad_pictures_are_warnings_where_their_records_are_dropped(folder):
+    values = [
+        record("<img>no.png</img><img>bad.png</img>q", "a"),
+        record("<img>good.png</img>q", "a"),
+        record("<img>https://x.org/a.png</img>q", "a"),
+    ]
+
+    report = checked(folder, *values, bad_pictures="drop")
+
+    assert [(found.record, found.kind, found.severity) for found in report.findings] == [
+        (0, "missing_picture", "warning"),
+        (0, "broken_picture", "warning"),
+        (2, "url", "error"),  # a matter of the recipe, not of the picture
+    ]
+    assert report.dropped == 1
+    assert [found.drops for found in report.findings] == [True, True, False]
+    assert all(found.message.endswith(": the record is dropped") for found in report.warnings)
+    assert not any(found.drops for found in checked(folder, *values).findings)
+
+
 def test_a_missing_picture_says_where_it_was_looked_for(folder):
     report = checked(folder, record("<img>no.png</img>q", "a"), pictures=Pictures(folder / "pics"))
 

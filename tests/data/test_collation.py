@@ -67,3 +67,24 @@ def test_several_rows_are_one_long_row_with_their_pictures_in_order():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 1, 2, 4]
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3, 3]
+
+
+def test_what_stands_for_a_dropped_sample_is_told_beside_the_others():
+    gone = {"dropped": "train.json#4: picture a.png is missing"}
+
+    padded = Collator(PAD)([sample(5, 6), gone])
+    packed = collate_rows([[gone, sample(5, 6)], [sample(7)]])
+
+    assert padded.pop("dropped") == packed.pop("dropped") == [gone["dropped"]]
+    assert padded["input_ids"].tolist() == [[5, 6]]
+    assert packed["input_ids"].tolist() == [[5, 6, 7]]
+
+
+def test_a_batch_whose_samples_are_all_dropped_holds_a_token_that_nobody_learns():
+    gone = {"dropped": "why"}
+
+    for batch in (Collator(PAD)([gone, gone]), collate_rows([[gone], [gone]])):
+        assert batch["dropped"] == ["why", "why"]
+        assert batch["input_ids"].tolist() == [[0]]
+        assert batch["labels"].tolist() == [[-100]]
+        assert "pixel_values" not in batch

@@ -141,6 +141,18 @@ def test_a_broken_picture_is_named_with_its_record(tmp_path):
         samples[0]
 
 
+def test_the_reason_stands_for_a_sample_whose_picture_is_bad_if_asked(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    values = (record("<img>a.png</img>q", "a"), record("q", "a"))
+    records = [Record(tmp_path / "t.json", number, value) for number, value in enumerate(values)]
+
+    samples = SampleDataset(records, LETTERS, bad_pictures="drop")
+
+    assert set(samples[0]) == {"dropped"}
+    assert samples[0]["dropped"].startswith(f"t.json#0: picture {tmp_path}/a.png cannot be read")
+    assert "input_ids" in samples[1]
+
+
 def test_all_faulty_and_too_long_records_are_in_one_error():
     values = [record("q", "a"), {}, record("q", "a" * 99), record("q")]
 

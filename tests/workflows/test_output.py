@@ -25,7 +25,7 @@ TRAINING_LINES = (
     r"[┏┡└].*",  # the frame of the table of parameters
     r"[┃│] (part|language|adapter|vision|projector|all) .*",
     r"4 samples, [\d,]+ tokens \([\d,]+ learned\), 0 pictures; longest \d+ tokens, "
-    r"0 dropped as too long",
+    r"0 dropped",
     r"2 samples to evaluate on",
     r"2 steps of 2 samples, weights in fp32, on cpu",
     r"step \d/2  loss [\d.]+  lr [\d.e+-]+  [\d,]+ tokens/s",

@@ -405,7 +405,7 @@ def test_samples_that_are_too_long_are_dropped_and_counted_where_the_recipe_says
     shown = run(quick(base, data, tmp_path / "run", *drop))
 
     assert "3 samples, " in shown
-    assert "longest 130 tokens, 1 dropped as too long" in shown
+    assert "longest 130 tokens, 1 dropped" in shown
 
 
 def test_samples_that_are_too_long_are_refused_by_default(unreadable_base, data, tmp_path):
@@ -418,7 +418,7 @@ def test_samples_that_are_too_long_are_refused_by_default(unreadable_base, data,
 def test_data_of_which_nothing_is_left_is_refused(unreadable_base, data, tmp_path):
     drop = ("data.max_length=10", "data.too_long=drop")
 
-    assert "all 4 samples are longer than 10 tokens" in refused(
+    assert "nothing is left: all records are dropped (4 of all files)" in refused(
         quick(unreadable_base, data, tmp_path / "run", *drop)
     )
 

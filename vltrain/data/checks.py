@@ -27,7 +27,13 @@ from vltrain.data.grounding import Region, read_regions
 from vltrain.data.images import TURNED_PICTURE, Look
 from vltrain.data.markup import BOX_TAG, token_faults
 from vltrain.data.parallel import map_chunks
-from vltrain.data.pictures import LOCAL_PICTURES, Pictures, source_key
+from vltrain.data.pictures import (
+    BAD_PICTURE_KINDS,
+    LOCAL_PICTURES,
+    BadPictures,
+    Pictures,
+    source_key,
+)
 from vltrain.data.records import Record, Unreadable
 from vltrain.data.sources import scan_records
 from vltrain.data.survey import Survey
@@ -74,6 +80,7 @@ class Checker:
     labels: LabelPolicy = "assistant"
     decode: bool = False  # pictures are decoded whole; False: their headers and ends are read
     format: Format = "auto"
+    bad_pictures: BadPictures = "error"
     seen: dict[tuple[Path, str], Look] = field(default_factory=dict)  # by file and source
 
     def check_chunk(self, entries: Sequence[Record | Unreadable]) -> Checked:
@@ -132,13 +139,14 @@ class Checker:
         return fault.refused(lenient=self.labels == "reference")
 
     def _finding(self, entry: Record | Unreadable, identity: str | None, fault: Fault) -> Finding:
+        dropped = self.bad_pictures == "drop" and fault.kind in BAD_PICTURE_KINDS
         return Finding(
             file=str(entry.file),
             record=entry.index,
             id=identity,
-            severity="error" if self._refuses(fault) else "warning",
+            severity="error" if self._refuses(fault) and not dropped else "warning",
             kind=fault.kind,
-            message=fault.message,
+            message=f"{fault.message}: the record is dropped" if dropped else fault.message,
             fix=fault.fix,
         )
 
@@ -176,6 +184,7 @@ def check_files(
     labels: LabelPolicy = "assistant",
     decode: bool = False,
     format: Format = "auto",
+    bad_pictures: BadPictures = "error",
     workers: int = 1,
     on_checked: Callable[[int], None] | None = None,
 ) -> Report:
@@ -191,6 +200,8 @@ def check_files(
         decode: decode pictures whole, which finds damage in their middle; False: read their
             headers, and see by their ends whether they were cut short.
         format: how records are read; "auto" tells by the content of each.
+        bad_pictures: are missing and broken pictures errors, or are their records dropped and
+            counted?
         workers: processes that check; the report is the same for any number.
         on_checked: told, now and then, how many more records have been checked.
 
@@ -198,7 +209,9 @@ def check_files(
         The findings in the order of the files and records, then those about a set as a whole.
         Never raises for faulty data.
     """
-    checker = Checker(processor, pictures, max_length, too_long, labels, decode, format)
+    checker = Checker(
+        processor, pictures, max_length, too_long, labels, decode, format, bad_pictures
+    )
     records = 0
     findings: list[Finding] = []
     survey = Survey("characters" if processor is None else "tokens")
@@ -208,9 +221,9 @@ def check_files(
         survey.add(checked.tallies)
         if on_checked:
             on_checked(checked.records)
-    dropped = sum(found.kind == "too_long" and found.severity == "warning" for found in findings)
+    dropped = {(found.file, found.record) for found in findings if found.drops}
     findings += survey.findings(partial(_entries, files), checker.read)
-    return Report(records, tuple(findings), dropped)
+    return Report(records, tuple(findings), len(dropped))
 
 
 def _entries(files: Iterable[Path]) -> Iterator[Record | Unreadable]:

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vltrain.data.dataset import DROPPED
 from vltrain.data.encoding import IGNORE_INDEX
+
+_NOTHING: dict[str, Any] = {"input_ids": [0], "labels": [IGNORE_INDEX]}
+"""What a batch holds whose samples are all dropped: a token of any vocabulary, not learned."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,27 @@ class Collator:
 
     pad_id: int
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Pad and stack.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, int64 [B, L]; `pixel_values`, float
             [N, 3, S, S], only where a sample has a picture. The mask follows the lengths, not
-            the ids: a pad token that somebody's text holds stays visible.
+            the ids: a pad token that somebody's text holds stays visible. `dropped`, list of
+            str, only where samples are dropped: why, for each.
         """
+        samples, told = _shown(samples)
         longest = max(len(sample["input_ids"]) for sample in samples)
         return {
             "input_ids": _padded([sample["input_ids"] for sample in samples], longest, self.pad_id),
             "attention_mask": _padded([[1] * len(s["input_ids"]) for s in samples], longest, 0),
             "labels": _padded([sample["labels"] for sample in samples], longest, IGNORE_INDEX),
             **_pixels(samples),
+            **told,
         }
 
 
-def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Tensor | int]:
+def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Lay the samples of all rows of a PackedDataset one after the other, without padding.
 
     The names of the boundaries are those that transformers gives them, so that they reach the
@@ -49,11 +56,12 @@ def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Tensor |
         sample. The first label of each sample is hidden: the token before it is another
         sample's. `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [B + 1]: where each sample begins,
         and T. `max_length_q` and `max_length_k`: int, tokens of the longest. `pixel_values`,
-        float [N, 3, S, S], only where a sample has a picture. No `attention_mask`: there is
+        float [N, 3, S, S], only where a sample has a picture. `dropped`: as for `Collator`. No
+        `attention_mask`: there is
         nothing to hide, and transformers reads the boundaries from the positions only where
         none is given.
     """
-    samples = list(chain.from_iterable(rows))
+    samples, told = _shown(list(chain.from_iterable(rows)))
     lengths = [len(sample["input_ids"]) for sample in samples]
     boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return {
@@ -65,7 +73,18 @@ def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Tensor |
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
         **_pixels(samples),
+        **told,
     }
+
+
+def _shown(
+    samples: Sequence[dict[str, Any]],
+) -> tuple[Sequence[dict[str, Any]], dict[str, list[str]]]:
+    """The samples that are there, at least one, and what a batch tells of the dropped ones."""
+    dropped = [sample[DROPPED] for sample in samples if DROPPED in sample]
+    if not dropped:
+        return samples, {}
+    return [sample for sample in samples if DROPPED not in sample] or [_NOTHING], {DROPPED: dropped}
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, filler: int) -> Tensor:

@@ -4,13 +4,17 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from PIL.Image import Image
+
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_long_error
 from vltrain.data.formats import Format
-from vltrain.data.pictures import LOCAL_PICTURES, Pictures
+from vltrain.data.pictures import LOCAL_PICTURES, BadPictures, Pictures
 from vltrain.data.records import Record
 from vltrain.errors import VltrainError
 
 TooLong = Literal["error", "drop"]
+DROPPED = "dropped"
+"""Key of what stands for a sample that cannot be shown: why not; of a batch: all such reasons."""
 
 
 def split_records(
@@ -53,6 +57,7 @@ class SampleDataset:
         too_long: TooLong = "error",
         pictures: Pictures = LOCAL_PICTURES,
         format: Format = "auto",
+        bad_pictures: BadPictures = "error",
     ) -> None:
         """Encode the records and keep those that fit.
 
@@ -64,6 +69,8 @@ class SampleDataset:
             too_long: refuse longer samples, or drop and count them.
             pictures: where pictures are looked up.
             format: how records are read; "auto" tells by the content of each.
+            bad_pictures: what `ds[i]` does where a picture cannot be opened: raise, or give
+                no sample but the reason.
 
         Raises:
             VltrainError: faulty or too long records, all of them in one message.
@@ -72,6 +79,7 @@ class SampleDataset:
         self.labels = labels
         self.pictures = pictures
         self.format: Format = format
+        self.bad_pictures: BadPictures = bad_pictures
         self.records: list[Record] = []
         self.lengths: list[int] = []  # tokens of each sample, image tokens included
         self.learned_tokens: list[int] = []  # of each sample
@@ -109,10 +117,12 @@ class SampleDataset:
 
         Returns:
             `input_ids`, `labels` (lists of int), `record` (its name) and, where it has pictures,
-            `pixel_values`: float [pictures, 3, S, S].
+            `pixel_values`: float [pictures, 3, S, S]. Under `bad_pictures="drop"`, where a
+            picture is missing or broken, nothing but `DROPPED`: the reason, which names the
+            record and the path.
 
         Raises:
-            VltrainError: a picture is missing or broken; names the record and the path.
+            VltrainError: this reason, under `bad_pictures="error"`.
         """
         record = self.records[number]
         sample = self._encode(record)
@@ -122,15 +132,19 @@ class SampleDataset:
             "record": record.name,
         }
         if sample.images:
-            pictures = [
-                self.pictures.open(
-                    source, record.file, where=record.name, side=self.processor.picture_side
-                )
-                for source in sample.images
-            ]
+            try:
+                pictures = [self._open(source, record) for source in sample.images]
+            except VltrainError as error:
+                if self.bad_pictures == "error":
+                    raise
+                return {DROPPED: str(error)}
             processed = self.processor.image_processor(images=pictures, return_tensors="pt")
             item["pixel_values"] = processed["pixel_values"]
         return item
+
+    def _open(self, source: str, record: Record) -> Image:
+        side = self.processor.picture_side
+        return self.pictures.open(source, record.file, where=record.name, side=side)
 
     def _encode(self, record: Record) -> Sample:
         return encode(

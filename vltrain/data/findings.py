@@ -3,6 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from vltrain.data.pictures import BAD_PICTURE_KINDS
+
+DROPPING_KINDS = BAD_PICTURE_KINDS | {"too_long"}
+"""Kinds of findings that leave a record out where they are no errors."""
+
 Severity = Literal["error", "warning"]
 
 
@@ -18,6 +23,11 @@ class Finding:
     message: str
     fix: str
 
+    @property
+    def drops(self) -> bool:
+        """Whether a run leaves the record out because of it, and goes on."""
+        return self.severity == "warning" and self.kind in DROPPING_KINDS
+
 
 @dataclass(frozen=True)
 class Report:
@@ -25,7 +35,7 @@ class Report:
 
     records: int  # read, faulty ones included
     findings: tuple[Finding, ...]
-    dropped: int = 0  # longer than max_length, left out by too_long="drop"
+    dropped: int = 0  # left out by too_long="drop" or bad_pictures="drop"
 
     @property
     def errors(self) -> tuple[Finding, ...]:

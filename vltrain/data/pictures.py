@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, unquote_to_bytes
 
 from PIL import Image
@@ -30,6 +31,18 @@ from vltrain.data.images import (
     shown,
 )
 from vltrain.data.swift import ImageSize
+
+BadPictures = Literal["error", "drop"]
+"""What becomes of a run that meets a bad picture: it stops, or goes on without the record."""
+
+BAD_PICTURE_KINDS = frozenset(
+    (
+        *("missing_picture", "broken_picture", "zero_size_picture", "huge_picture"),
+        *("bad_data_uri", "unreachable_url", "private_url", "huge_download"),
+        "pixel_box",  # on a picture whose size is not known
+    )
+)
+"""Kinds of faults for which a record can be dropped: they are the picture's, not the recipe's."""
 
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
 _FETCHED = ("http", "https")

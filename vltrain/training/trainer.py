@@ -1,7 +1,8 @@
 """The loop: `transformers.Trainer`, counting what a step really learns from."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from vltrain.data.dataset import DROPPED
 from vltrain.data.encoding import IGNORE_INDEX
 from vltrain.data.mixing import Mix
 from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import PackedDataset
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,6 +35,7 @@ class TokenCounts:
     real: int | Tensor = 0
     learned: int | Tensor = 0
     places: int = 0  # real tokens and padding
+    dropped: int = 0  # samples that could not be shown
 
     def add(self, attention_mask: Tensor | None, labels: Tensor) -> None:
         """Count one batch: int64 [B, L] each. Nothing predicts a row's first token.
@@ -43,20 +48,19 @@ class TokenCounts:
 
     def of_all(self, accelerator: Accelerator) -> "TokenCounts":
         """The counts of all processes of the run together; every one of them asks."""
-        own = torch.tensor(
-            [int(self.real), int(self.learned), self.places], device=accelerator.device
-        )
-        real, learned, places = accelerator.reduce(own).tolist()
-        return TokenCounts(real, learned, places)
+        own = [int(self.real), int(self.learned), self.places, self.dropped]
+        counts = accelerator.reduce(torch.tensor(own, device=accelerator.device))
+        return TokenCounts(*counts.tolist())
 
     def summary(self, seconds: float) -> dict[str, float | int]:
         """What a line of metrics.jsonl says of them."""
         real = int(self.real)
-        return {
+        figures = {
             "tokens_per_second": real / seconds,
             "learned_tokens": int(self.learned),
             "padding_share": 1 - real / self.places,
         }
+        return figures | ({"dropped_samples": self.dropped} if self.dropped else {})
 
 
 class EpochOrder(Sampler[Any]):
@@ -153,6 +157,7 @@ class Trainer(transformers.Trainer):
         self._eval_collator = eval_collator or self.data_collator
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
+        self._told: set[str] = set()  # why samples were dropped
 
     def training_step(
         self,
@@ -161,7 +166,24 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         self._counts.add(inputs.get("attention_mask"), inputs["labels"])
+        self._note_dropped(inputs.pop(DROPPED, ()))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _note_dropped(self, reasons: Sequence[str]) -> None:
+        """Count samples that could not be shown, and say each reason once."""
+        self._counts.dropped += len(reasons)
+        for reason in reasons:
+            if reason not in self._told:
+                self._told.add(reason)
+                logger.warning("a sample is dropped: %s", reason)
+
+    def get_batch_samples(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The batches of a step and how many tokens it learns, which its loss is divided by: at
+        least one, or a step whose samples are all dropped would divide by zero."""
+        batches, learned = super().get_batch_samples(*args, **kwargs)
+        return batches, learned.clamp(min=1) if isinstance(learned, Tensor) else learned
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -15,7 +15,7 @@ from vltrain.data.checks import Finding, Report, check_files
 from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import LabelPolicy, Processor
 from vltrain.data.formats import Format
-from vltrain.data.pictures import LOCAL_PICTURES, Pictures
+from vltrain.data.pictures import LOCAL_PICTURES, BadPictures, Pictures
 from vltrain.errors import VltrainError
 
 _MOST_WORKERS = 8  # the one process that reads the files keeps no more busy
@@ -31,6 +31,7 @@ def check(
     format: Format = "auto",
     labels: LabelPolicy = "assistant",
     decode: bool = False,
+    bad_pictures: BadPictures = "error",
     as_json: bool = False,
 ) -> int:
     """Print every finding about data files to stdout.
@@ -45,6 +46,8 @@ def check(
         format: how records are read; "auto" tells by the content of each.
         labels: what a run learns; under "reference" it takes what the original code takes.
         decode: decode pictures whole; False: read their headers and ends.
+        bad_pictures: are missing and broken pictures errors, or are their records dropped and
+            counted?
         as_json: print one JSON object instead of text.
 
     Returns:
@@ -61,6 +64,7 @@ def check(
             too_long=too_long,
             labels=labels,
             decode=decode,
+            bad_pictures=bad_pictures,
             format=format,
             workers=min(os.cpu_count() or 1, _MOST_WORKERS),
             on_checked=partial(progress.advance, task),

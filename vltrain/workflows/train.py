@@ -1,7 +1,7 @@
 """Recipe -> run directory: the one path for every method."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from vltrain.config import DataConfig, Recipe
 from vltrain.data.checks import check_files
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import SampleDataset, split_records
+from vltrain.data.findings import Report
 from vltrain.data.mixing import Mix, mix_of
 from vltrain.data.packing import PackedDataset
-from vltrain.data.pictures import pictures_of
+from vltrain.data.pictures import BadPictures, pictures_of
 from vltrain.data.records import Record
 from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
@@ -85,6 +86,7 @@ class Halves:
     evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
     mix: Mix | None = None  # what an epoch shows of `train`; None: each sample once
     rows: PackedDataset | None = None  # the samples of an epoch, where the recipe packs them
+    dropped: int = 0  # records that were left out: too long, or with a bad picture
 
     @property
     def epoch_samples(self) -> int:
@@ -202,21 +204,36 @@ def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> H
         too_long=data.too_long,
         labels=data.labels,
         format=data.format,
+        bad_pictures=data.bad_pictures,
     )
     if report.findings:
         print_report(report, console)
     refuse_errors(report, files, undone="trained")
-    records = [record for file in data.files for record in read_records(file)]
-    records, held_out = split_records(records, data.eval_share, seed)
-    held_out += [record for file in data.eval_files for record in read_records(file)]
-    samples = _samples(records, data, base)
+    records, held_out = split_records(_kept(data.files, report), data.eval_share, seed)
+    held_out += _kept(data.eval_files, report)
+    samples = _samples(records, data, base, data.bad_pictures)
     mix = mix_of(data, np.array([data.files.index(record.file) for record in samples.records]))
     return Halves(
         train=samples,
-        evaluation=_samples(held_out, data, base) if held_out else None,
+        evaluation=_samples(held_out, data, base, "error") if held_out else None,
         mix=mix,
         rows=_rows(samples, data, mix, seed) if data.packing else None,
+        dropped=report.dropped,
     )
+
+
+def _kept(files: Sequence[Path], report: Report) -> list[Record]:
+    """The records of files, but for those that are dropped; VltrainError if that is all."""
+    dropped = {(found.file, found.record) for found in report.findings if found.drops}
+    records = (record for file in files for record in read_records(file))
+    kept = [record for record in records if (str(record.file), record.index) not in dropped]
+    if files and not kept:
+        raise VltrainError.at(
+            ", ".join(map(str, files)),
+            what=f"nothing is left: all records are dropped ({report.dropped:,} of all files)",
+            fix="mend the pictures or raise data.max_length: the findings above say which",
+        )
+    return kept
 
 
 def _rows(samples: SampleDataset, data: DataConfig, mix: Mix | None, seed: int) -> PackedDataset:
@@ -229,22 +246,18 @@ def _rows(samples: SampleDataset, data: DataConfig, mix: Mix | None, seed: int) 
     return PackedDataset(samples, data.max_length, numbers)
 
 
-def _samples(records: list[Record], data: DataConfig, base: Base) -> SampleDataset:
+def _samples(
+    records: list[Record], data: DataConfig, base: Base, bad_pictures: BadPictures
+) -> SampleDataset:
     samples = SampleDataset(
         records,
         base.processor,
         labels=data.labels,
         max_length=data.max_length,
-        too_long=data.too_long,
         pictures=pictures_of(data),
         format=data.format,
+        bad_pictures=bad_pictures,
     )
-    if not len(samples):
-        raise VltrainError.at(
-            "data.max_length",
-            what=f"all {samples.dropped} samples are longer than {data.max_length} tokens",
-            fix="raise data.max_length",
-        )
     _refuse_foreign_ids(samples, base)
     return samples
 
@@ -313,7 +326,7 @@ def show_plan(
     console.print(
         f"{len(samples):,} samples, {sum(samples.lengths):,} tokens "
         f"({sum(samples.learned_tokens):,} learned), {sum(samples.image_counts):,} pictures; "
-        f"longest {max(samples.lengths):,} tokens, {samples.dropped:,} dropped as too long",
+        f"longest {max(samples.lengths):,} tokens, {halves.dropped:,} dropped",
         soft_wrap=True,
     )
     if halves.mix is not None:
