@@ -269,6 +269,7 @@ def test_preview_gets_data_model_page_and_choice(called: list[tuple]):
         "samples": 3,
         "seed": 0,
         "format": "auto",
+        "labels": "assistant",
         "pictures": Pictures(),
         "max_length": None,
     }
@@ -297,6 +298,7 @@ def test_stats_gets_data_model_and_limit(called: list[tuple]):
     named = {
         "model": "base",
         "format": "auto",
+        "labels": "assistant",
         "pictures": Pictures(),
         "max_length": 64,
         "as_json": True,

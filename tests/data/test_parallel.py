@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vltrain.data.parallel import map_chunks
+from vltrain.data.parallel import CHUNK_BYTES, map_chunks
 
 
 def doubled(values):
@@ -26,6 +26,15 @@ def test_results_come_in_the_order_of_the_values(workers):
     results = list(map_chunks(doubled, range(5), workers=workers, chunk_values=2))
 
     assert results == [[0, 2], [4, 6], [8]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_large_values_come_in_chunks_of_so_many_bytes(workers):
+    sizes = [CHUNK_BYTES, 1, CHUNK_BYTES // 2, CHUNK_BYTES // 2, 5]
+
+    results = list(map_chunks(list, sizes, workers=workers, size_of=int))
+
+    assert results == [sizes[:1], sizes[1:4], sizes[4:]]
 
 
 def test_a_single_chunk_is_worked_on_here():

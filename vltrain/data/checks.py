@@ -9,6 +9,7 @@ a function that gives faults, called in `Checker.examine` or `_look_through`.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from vltrain.data.conversation import Conversation, ImagePart, Turn
@@ -215,7 +216,10 @@ def check_files(
     records = 0
     findings: list[Finding] = []
     survey = Survey("characters" if processor is None else "tokens")
-    for checked in map_chunks(checker.check_chunk, _entries(files), workers=workers):
+    chunks = map_chunks(
+        checker.check_chunk, _entries(files), workers=workers, size_of=attrgetter("held_bytes")
+    )
+    for checked in chunks:
         records += checked.records
         findings += checked.findings
         survey.add(checked.tallies)

@@ -10,6 +10,7 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 CHUNK_VALUES = 500
+CHUNK_BYTES = 16 << 20  # so that a chunk of records with their pictures in them stays small
 _AHEAD = 3  # chunks a worker may be ahead of the reader, so that memory stays flat
 
 _work: Callable[[Any], Any]  # in a worker process: what it does with a chunk
@@ -21,6 +22,7 @@ def map_chunks(
     *,
     workers: int,
     chunk_values: int = CHUNK_VALUES,
+    size_of: Callable[[Value], int] | None = None,
 ) -> Iterator[Result]:
     """The results of a function over lists of values that follow each other, in order.
 
@@ -30,9 +32,11 @@ def map_chunks(
         function: can be pickled; each worker has its own copy, which it keeps.
         values: read as they are needed.
         workers: processes, 1 for none beside this one.
-        chunk_values: how many values the function gets at once.
+        chunk_values: how many values the function gets at once, at most.
+        size_of: how many bytes a value holds; the function gets no more values at once than
+            reach `CHUNK_BYTES`. None: values are small.
     """
-    chunks = _chunks(iter(values), chunk_values)
+    chunks = _chunks(iter(values), chunk_values, size_of)
     first = list(islice(chunks, 2))
     if workers < 2 or len(first) < 2:
         yield from map(function, chain(first, chunks))
@@ -50,8 +54,21 @@ def map_chunks(
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(values: Iterator[Value], size: int) -> Iterator[list[Value]]:
-    while chunk := list(islice(values, size)):
+def _chunks(
+    values: Iterator[Value], most: int, size_of: Callable[[Value], int] | None
+) -> Iterator[list[Value]]:
+    if size_of is None:
+        while chunk := list(islice(values, most)):
+            yield chunk
+        return
+    chunk, held = [], 0
+    for value in values:
+        chunk.append(value)
+        held += size_of(value)
+        if len(chunk) == most or held >= CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
         yield chunk
 
 

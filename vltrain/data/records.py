@@ -6,7 +6,7 @@ counts from 0 and names it in every error: `train.json#17`.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vltrain.data.faults import Fault
 
@@ -33,6 +33,7 @@ class Unreadable:
     file: Path
     index: int | None  # None: the fault is the file's
     fault: Fault
+    held_bytes: ClassVar[int] = 0
 
     @property
     def name(self) -> str:
