@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 
 from vltrain.data.arrow_rows import batch_rows, data_uri, record_of_row, records_of_batch
+from vltrain.data.formats import read_conversation
 from vltrain.data.records import Record, Unreadable
 
 FILE = Path("train.parquet")
 PNG = b"\x89PNG\r\n\x1a\n"
-PNG_URI = "data:image/png;base64,iVBORw0KGgo="
+PICTURE = {"path": "data:image/png;base64,iVBORw0KGgo="}
 
 
 def batch_of(rows: list[dict]) -> pa.RecordBatch:
@@ -42,7 +43,7 @@ def test_fields_that_only_some_turns_have_are_in_those_turns_alone():
     assert record == Record(FILE, 5, {"messages": turns})
 
 
-def test_bytes_of_pictures_become_data_uris_wherever_they_are():
+def test_bytes_of_pictures_become_objects_with_a_data_uri_wherever_they_are():
     part = {"type": "image", "image": {"bytes": PNG, "path": "a.png"}}
     row = {
         "image": {"bytes": PNG, "path": None},
@@ -51,16 +52,16 @@ def test_bytes_of_pictures_become_data_uris_wherever_they_are():
     }
 
     assert record_of_row(row) == {
-        "image": PNG_URI,
-        "images": [PNG_URI, PNG_URI],
-        "messages": [{"role": "user", "content": [{"type": "image", "image": PNG_URI}]}],
+        "image": PICTURE,
+        "images": [PICTURE, PICTURE],
+        "messages": [{"role": "user", "content": [{"type": "image", "image": PICTURE}]}],
     }
 
 
 def test_a_picture_without_bytes_keeps_its_path_and_one_without_both_is_none():
     row = {"images": [{"bytes": None, "path": "a.png"}], "image": {"bytes": None, "path": None}}
 
-    assert record_of_row(row) == {"images": ["a.png"]}
+    assert record_of_row(row) == {"images": [{"path": "a.png"}]}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,15 @@ def test_text_that_is_stored_as_bytes_is_read_as_text():
         "query": "猫?",
         "response": "BMW",
     }
+
+
+@pytest.mark.parametrize("content", [PNG, b"\xff\xfe"])
+def test_bytes_that_are_no_text_are_never_taken_as_what_is_said(content):
+    value = record_of_row({"query": content, "response": b"a"})
+
+    _, faults = read_conversation(value)
+
+    assert [fault.message for fault in faults] == ["`query` is an object"]
 
 
 def test_values_that_json_does_not_have_become_values_that_it_has():

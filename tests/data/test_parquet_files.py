@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vltrain.data.checks import check_files
 from vltrain.data.parquet_files import scan_parquet, scan_parquet_folder
 from vltrain.data.records import Record, Unreadable
 
@@ -138,3 +139,50 @@ def test_a_folder_without_data_is_a_fault(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
 
     assert "no Parquet file" in fault_of(scan_parquet_folder(tmp_path, None))
+
+
+def test_what_check_finds_in_rows_is_named_by_file_and_row(tmp_path):
+    said = [{"from": "human", "value": "<image>猫?"}, {"from": "gpt", "value": "a"}]
+    rows = [
+        {"conversations": said, "image": None},
+        {"conversations": said, "image": {"bytes": b"\x89PNG\r\n" + bytes(9000), "path": "a.png"}},
+        {"conversations": None, "image": None},
+        {"conversations": said[:1], "image": {"bytes": None, "path": "none.png"}},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    found = check_files([tmp_path / "a.parquet"]).findings
+
+    assert [(finding.record, finding.kind) for finding in found] == [
+        (0, "missing_pictures"),
+        (1, "broken_picture"),
+        (2, "no_conversations"),
+        (3, "nothing_to_learn"),
+        (3, "missing_picture"),
+    ]
+    assert max(len(finding.message) for finding in found) < 400  # without the picture's bytes
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"conversations": [1, 2]},
+        {"conversations": ["text", "[1]"]},
+        {"conversations": [["a"], ["b"]]},
+        {"conversations": [[[{"from": "user"}]], [[]]]},
+        {"messages": [[{"role": 1, "content": 2.5}], []]},
+        {"messages": [[{"role": "user", "content": [[1]]}], None]},
+        {"query": [b"\xff\xfe", b"\x89PNG\r\n"], "response": ["a", "b"]},
+        {"question": ["q", "q"], "answer": ["a", "b"]},
+        {"image": [b"", b"GIF8"], "query": ["<image>q"] * 2, "response": ["a", "b"]},
+        {"images": [[[b"GIF8"]]] * 2, "query": ["<image>q"] * 2, "response": ["a", "b"]},
+    ],
+)
+def test_columns_of_the_wrong_types_are_errors_of_every_row(tmp_path, columns):
+    pq.write_table(pa.table(columns | {"id": [7, 8]}), tmp_path / "a.parquet")
+
+    report = check_files([tmp_path / "a.parquet"])
+
+    assert report.records == 2
+    assert {finding.record for finding in report.errors} == {0, 1}
+    assert {finding.id for finding in report.errors} == {"7", "8"}

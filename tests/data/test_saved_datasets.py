@@ -45,7 +45,7 @@ def test_pictures_are_given_as_they_were_stored_and_not_decoded(tmp_path):
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
 
     assert [record.value for record in scanned(tmp_path / "saved")] == [
-        {"image": "data:image/png;base64,iVBORw0KGgo="},
+        {"image": {"path": "data:image/png;base64,iVBORw0KGgo="}},
         {},
     ]
 

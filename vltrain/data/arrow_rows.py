@@ -1,7 +1,8 @@
 """Rows of Arrow tables -> records, as a line of JSONL would have them.
 
 A table has every column and every field of a struct in every row; what is null in a row is left
-out of its record. Pictures that a table holds as bytes become `data:` URIs.
+out of its record. Pictures that a table holds as bytes become objects with a `data:` URI as their
+path: wherever text is meant, they are a fault.
 """
 
 import base64
@@ -131,20 +132,21 @@ def _plain(value: Any) -> Any:
     return str(value)  # dates, times, durations, UUIDs
 
 
-def _picture(value: dict[str, Any]) -> str | None:
-    """The source of a picture from the struct that `datasets` stores one in."""
+def _picture(value: dict[str, Any]) -> dict[str, Any] | None:
+    """A picture from the struct that `datasets` stores one in; None where it is empty."""
     content = value["bytes"]
-    return data_uri(content) if isinstance(content, bytes) else _plain(value.get("path"))
+    path = data_uri(content) if isinstance(content, bytes) else _plain(value.get("path"))
+    return None if path is None else {"path": path}
 
 
-def _text_or_picture(content: bytes) -> str:
-    """Bytes outside a picture's struct: a picture, or text that was not marked as such."""
+def _text_or_picture(content: bytes) -> str | dict[str, Any]:
+    """Bytes outside a picture's struct: text that was not marked as such, or a picture."""
     if _picture_type(content) is None:
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError:
             pass
-    return data_uri(content)
+    return {"path": data_uri(content)}
 
 
 def _picture_type(content: bytes) -> str | None:
