@@ -40,6 +40,19 @@ def test_findings_are_printed_by_kind_with_their_place_and_fix(faulty, capsys):
     )
 
 
+def test_what_a_file_says_cannot_control_the_terminal(tmp_path, capsys):
+    question = {"from": "user", "value": "<img>\x1b[2J\x00\ud800.png</img>"}
+    value = {"id": "\x1b]0;\x07", "conversations": [question, {"from": "gpt", "value": "a"}]}
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([value]))
+
+    assert check([file]) == 1
+
+    out = capsys.readouterr().out
+    assert "missing picture" in out
+    assert all(character.isprintable() or character == "\n" for character in out)
+
+
 def test_json_output_is_one_object(faulty, capsys):
     assert check([faulty], as_json=True) == 1
 

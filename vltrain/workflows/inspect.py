@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from vltrain.data.formats import Format
 from vltrain.data.pictures import LOCAL_PICTURES, BadPictures, Pictures
 from vltrain.errors import VltrainError
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 _MOST_WORKERS = 8  # the one process that reads the files keeps no more busy
 
 
@@ -142,8 +144,8 @@ def _place(found: Finding) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text that any terminal takes: halves of surrogate pairs become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Text that any terminal takes: no halves of surrogate pairs, no control characters."""
+    return _CONTROL.sub("\ufffd", text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _count(number: int, what: str) -> str:
