@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import pickle
 import shutil
 import socket
@@ -13,10 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from letters import record
 from PIL import Image
 
 from vltrain.config import DataConfig
 from vltrain.data import downloads
+from vltrain.data.checks import check_files
 from vltrain.data.downloads import MOST_HOPS, Downloads, is_public, target_of
 from vltrain.data.faults import Fault
 from vltrain.data.pictures import Pictures, pictures_of
@@ -458,6 +461,31 @@ def test_many_may_fetch_the_same_picture_at_once(server, downloader):
 
     assert len(set(found)) == 1
     assert files_in(downloader.folder) == [png()]  # no draft is left beside it
+
+
+def test_a_check_downloads_several_pictures_at_a_time_and_asks_for_each_once(
+    server, downloader, tmp_path
+):
+    met = threading.Barrier(4)  # breaks unless four are asked for at the same time
+
+    def together(handler: http.server.BaseHTTPRequestHandler) -> None:
+        met.wait(5)
+        gives(png())(handler)
+
+    paths = [f"/{number}.png" for number in range(4)]
+    server.answers = dict.fromkeys(paths, together) | {"/gone.png": gives(b"", 404)}
+    shown = [*paths, "/gone.png", "/gone.png", "/0.png"]
+    records = [record(f"<img>{server.url(path)}</img>q", f"a{n}") for n, path in enumerate(shown)]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(records))
+
+    report = check_files([file], pictures=Pictures(downloads=downloader))
+
+    assert [(found.record, found.kind) for found in report.findings] == [
+        (4, "unreachable_url"),
+        (5, "unreachable_url"),
+    ]
+    assert sorted(server.asked) == sorted([*paths, "/gone.png"])
 
 
 def test_downloads_survive_the_way_to_a_worker(downloader):

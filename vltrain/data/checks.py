@@ -89,6 +89,7 @@ class Checker:
         count = 0
         findings: list[Finding] = []
         survey = Survey()
+        self._fetch(entry for entry in entries if isinstance(entry, Record))
         for entry in entries:
             examined = self.examine(entry)
             findings += examined.findings
@@ -96,6 +97,23 @@ class Checker:
             if isinstance(entry, Record):
                 survey.count(entry.file, examined.traits)
         return Checked(count, findings, survey.tallies)
+
+    def _fetch(self, records: Iterable[Record]) -> None:
+        """Download what records show before they are looked at one by one, where that is allowed.
+
+        What fails is remembered, or it would be tried again for each record that shows it.
+        """
+        if self.pictures.downloads is None:
+            return
+        shown = {
+            (record.file, source)
+            for record in records
+            for source in read_conversation(record.value, format=self.format)[0].image_sources
+        }
+        faults = self.pictures.fetch_all(source for _, source in shown)
+        for file, source in shown:
+            if source in faults:
+                self._remember((file, source_key(source)), Look((faults[source],)))
 
     def examine(self, entry: Record | Unreadable) -> Examined:
         """Read, look through and encode one record; or say why a place holds none."""
@@ -155,10 +173,13 @@ class Checker:
         """What a picture is like; each is looked at once, as far as is remembered."""
         key = (file, source_key(source))
         if key not in self.seen:
-            if len(self.seen) >= MOST_PICTURES_SEEN:
-                del self.seen[next(iter(self.seen))]  # the oldest
-            self.seen[key] = self.pictures.look(source, file, decode=self.decode)
+            self._remember(key, self.pictures.look(source, file, decode=self.decode))
         return self.seen[key]
+
+    def _remember(self, key: tuple[Path, str], look: Look) -> None:
+        if len(self.seen) >= MOST_PICTURES_SEEN:
+            del self.seen[next(iter(self.seen))]  # the oldest
+        self.seen[key] = look
 
     def _length_faults(self, sample: Sample, processor: Processor) -> Iterator[Fault]:
         """The fault of a sample longer than max_length: a warning where it is dropped."""

@@ -10,6 +10,8 @@ import binascii
 import hashlib
 import os
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,7 @@ BAD_PICTURE_KINDS = frozenset(
 
 _SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(file|data):)", re.IGNORECASE)
 _FETCHED = ("http", "https")
+_DOWNLOADS_AT_ONCE = 8  # each waits for its server most of the time, and holds one picture
 _BLANKS = re.compile(r"\s+")
 _LONGEST_KEY = 500  # characters; paths are shorter
 _DATA_URI_FIX = "write data:image/png;base64, and behind it the file's bytes in base64"
@@ -69,8 +72,7 @@ class Pictures:
         if not source:
             fix = "write its path between <img> </img>"
             return Fault("empty_path", "a picture has no path", fix)
-        match = _SCHEME.match(source)
-        scheme = (match[1] or match[2]).lower() if match else None
+        scheme = _scheme_of(source)
         if scheme is None:
             return locate_file(source, data_file=data_file, image_root=self.image_root)
         if scheme == "data":
@@ -126,6 +128,15 @@ class Pictures:
             return Look((place,))
         return look_at(place, name=_name(source, place), decode=decode)
 
+    def fetch_all(self, sources: Iterable[str]) -> dict[str, Fault]:
+        """Download the pictures that are URLs, several at a time; why some could not be."""
+        if self.downloads is None:
+            return {}
+        urls = sorted({source for source in sources if _scheme_of(source) in _FETCHED})
+        with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+            found = zip(urls, pool.map(self.downloads.fetch, urls), strict=True)
+            return {url: fault for url, fault in found if isinstance(fault, Fault)}
+
 
 LOCAL_PICTURES = Pictures()  # beside the data file and in the working directory
 
@@ -177,9 +188,15 @@ def source_key(source: str) -> str:
     return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _scheme_of(source: str) -> str | None:
+    """A URL's scheme, in small letters; None for a path."""
+    match = _SCHEME.match(source)
+    return (match[1] or match[2]).lower() if match else None
+
+
 def _name(source: str, place: Place) -> str:
     """What a message calls a picture that is there: its file's path, or its URL."""
-    return str(place) if isinstance(place, Path) and not _SCHEME.match(source) else shown(source)
+    return str(place) if isinstance(place, Path) and not _scheme_of(source) else shown(source)
 
 
 def _scheme_fault(source: str, scheme: str) -> Fault:
