@@ -7,6 +7,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vltrain.data.conversation import TextPart
 from vltrain.data.conversion import (
     Conversion,
     Pictures,
@@ -15,7 +16,7 @@ from vltrain.data.conversion import (
     picture_line,
 )
 from vltrain.data.formats import record_id
-from vltrain.data.turn_lists import IMAGE_PLACEHOLDER, ROLES
+from vltrain.data.turn_lists import ROLES, Piece, Placeholder, placeholder_text
 
 
 def convert_llava(entries: Sequence[Any], *, pictures: Pictures) -> Conversion:
@@ -57,23 +58,25 @@ def _converted(entry: Any, name: str, pictures: Pictures) -> dict[str, Any] | st
         return "entries with pictures whose names a record cannot hold"
     if any(holds_picture_tag(turn["value"]) for turn in turns):
         return "entries whose text holds <img> tags"
-    placeholders = sum(turn["value"].count(IMAGE_PLACEHOLDER) for turn in turns)
+    texts = [placeholder_text(turn["value"], turn["from"])[0] for turn in turns]
+    placeholders = sum(isinstance(piece, Placeholder) for pieces in texts for piece in pieces)
     if placeholders != len(sources):
         relation = "more" if placeholders > len(sources) else "fewer"
         return f"entries with {relation} <image> than pictures"
     lines = (picture_line(number, source) for number, source in enumerate(sources, start=1))
+    said = ["".join(_written(piece, lines) for piece in pieces) for pieces in texts]
     return {
         "id": record_id(entry) or name,
         "conversations": [
-            {"from": ROLES[turn["from"]], "value": _filled(turn["value"], lines)} for turn in turns
+            {"from": ROLES[turn["from"]], "value": value}
+            for turn, value in zip(turns, said, strict=True)
         ],
     }
 
 
-def _filled(text: str, lines: Iterator[str]) -> str:
-    """Text with each placeholder replaced by the next of the pictures' lines."""
-    first, *others = text.split(IMAGE_PLACEHOLDER)
-    return first + "".join(next(lines) + other for other in others)
+def _written(piece: Piece, lines: Iterator[str]) -> str:
+    """A piece of a turn as text, a placeholder as the next of the pictures' lines."""
+    return piece.text if isinstance(piece, TextPart) else next(lines)
 
 
 def _picture_names(entry: dict[str, Any]) -> list[str] | None:
