@@ -10,6 +10,7 @@ DROPPED = {
     "DeepSpeed": "Setting accelerator to CPU",
     "accelerate.accelerator": "[RANK 0] Gradient accumulation steps mismatch",  # DeepSpeed counts
     "transformers.training_args": "When using FSDP, prefer",  # FSDP's own renames parameters
+    "huggingface_hub.repocard": "Repo card metadata block was not found",
     "transformers.trainer_utils": "mtime may not be reliable",  # two checkpoints in one second
 }
 """For some loggers the beginning of the one message that is not shown."""
