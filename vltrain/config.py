@@ -73,7 +73,7 @@ class DataConfig:
     url_retries: Annotated[int, Ge(0)] = 2  # after a timeout, a 5xx and a 429
     url_private: bool = False  # fetch from this machine and networks that are not public, too
     bad_pictures: Literal["error", "drop"] = "error"  # drop: leave out records that show one
-    cache_dir: UserPath | None = None  # keeps downloads; None: the user's cache folder
+    cache_dir: UserPath | None = None  # of downloads and checked data; None: the user's cache
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once

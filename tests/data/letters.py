@@ -29,6 +29,7 @@ class LetterProcessor:
     turn_end_id: int = END
     newline_id: int = NEWLINE
     pad_id: int = PAD
+    fingerprint: str = "letters"
 
     def image_processor(self, images: list[Image.Image], return_tensors: str) -> dict[str, Any]:
         return mean_colours(images, return_tensors)

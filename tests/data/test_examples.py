@@ -116,8 +116,8 @@ def test_an_example_is_encoded_as_the_same_conversations_in_qwen_vl_form(name, p
     values = IN_QWEN_VL_FORM[name]
     expected = [Record(EXAMPLES / name, index, value) for index, value in enumerate(values)]
 
-    told = SampleDataset(read_records(EXAMPLES / name), LETTERS, labels=policy)
-    known = SampleDataset(expected, LETTERS, labels=policy, format="qwen_vl")
+    told = SampleDataset.of_records(read_records(EXAMPLES / name), LETTERS, labels=policy)
+    known = SampleDataset.of_records(expected, LETTERS, labels=policy, format="qwen_vl")
 
     assert len(told) == len(known)
     for ours, theirs in zip(told, known, strict=True):

@@ -216,14 +216,18 @@ def test_a_line_that_was_cut_off_is_dropped(run: RunDir):
 
 def test_the_environment_names_versions_hardware_and_the_base(run: RunDir):
     values = environment(
-        dtype="fp32", base_path="models/qwen", base_revision=None, base_hash="ab12"
+        dtype="fp32",
+        base_path="models/qwen",
+        base_revision=None,
+        base_hash="ab12",
+        epoch="4 samples, each once",
     )
     run.begin(lora_recipe(run.path), values)
 
     read = json.loads(run.environment_file.read_text())
     assert read["base"] == {"path": "models/qwen", "revision": None, "hash": "ab12"}
     assert (read["engine"], read["zero_stage"], read["world_size"]) == ("none", None, 1)
-    assert read["dtype"] == "fp32"
+    assert (read["dtype"], read["epoch"]) == ("fp32", "4 samples, each once")
     assert read["packages"]["torch"].startswith("2.")
     assert read["hardware"]["cores"] >= 1
     assert read["hardware"]["memory_bytes"] > 2**30

@@ -43,7 +43,7 @@ def samples(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleDatas
         with (folder / "text.jsonl").open("a") as lines:
             lines.write(json.dumps(record) + "\n")
     records = [*read_records(file), *read_records(folder / "text.jsonl")]
-    return SampleDataset(records, load_processor(base))
+    return SampleDataset.of_records(records, load_processor(base))
 
 
 def train(

@@ -418,7 +418,7 @@ def test_samples_that_are_too_long_are_refused_by_default(unreadable_base, data,
 def test_data_of_which_nothing_is_left_is_refused(unreadable_base, data, tmp_path):
     drop = ("data.max_length=10", "data.too_long=drop")
 
-    assert "nothing is left: all records are dropped (4 of all files)" in refused(
+    assert "nothing is left: 4 of 4 records are dropped" in refused(
         quick(unreadable_base, data, tmp_path / "run", *drop)
     )
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from vltrain.data.conversation import Conversation, ImagePart, Turn
-from vltrain.data.dataset import TooLong
 from vltrain.data.encoding import (
     LabelPolicy,
     Processor,
     Sample,
+    TooLong,
     encode_conversation,
     too_long_message,
 )
@@ -36,7 +37,7 @@ from vltrain.data.pictures import (
     source_key,
 )
 from vltrain.data.records import Record, Unreadable
-from vltrain.data.sources import scan_records
+from vltrain.data.sources import scan_all
 from vltrain.data.survey import Survey
 from vltrain.data.tallies import (
     FOUND_TOO_LONG,
@@ -60,6 +61,20 @@ class Examined:
     sample: Sample | None = None  # None: no conversation, or no processor to encode it
     traits: Traits | None = None  # to compare it with other records; None: no conversation
 
+    @property
+    def kept(self) -> bool:
+        """Whether a run learns from the record: nothing stops it or leaves it out."""
+        in_the_way = any(found.severity == "error" or found.drops for found in self.findings)
+        return self.sample is not None and not in_the_way
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """What holds on to records while they are checked."""
+
+    gather: Callable[[Sequence[tuple[Record, Examined]]], Any]  # in the workers; can be pickled
+    store: Callable[[Any], None]  # gets what `gather` gives, in the order of the records
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -68,6 +83,7 @@ class Checked:
     records: int
     findings: list[Finding]
     tallies: list[FileTally]
+    gathered: Any  # what a keeper holds on to; None without one
 
 
 @dataclass
@@ -84,9 +100,15 @@ class Checker:
     bad_pictures: BadPictures = "error"
     seen: dict[tuple[Path, str], Look] = field(default_factory=dict)  # by file and source
 
-    def check_chunk(self, entries: Sequence[Record | Unreadable]) -> Checked:
-        """All that is wrong with some entries, and what is kept of them for a survey."""
+    def check_chunk(
+        self,
+        entries: Sequence[Record | Unreadable],
+        gather: Callable[[Sequence[tuple[Record, Examined]]], Any] | None = None,
+    ) -> Checked:
+        """All that is wrong with some entries, what is kept of them for a survey, and what
+        `gather` makes of the records."""
         count = 0
+        records: list[tuple[Record, Examined]] = []
         findings: list[Finding] = []
         survey = Survey()
         self._fetch(entry for entry in entries if isinstance(entry, Record))
@@ -96,7 +118,9 @@ class Checker:
             count += isinstance(entry, Record) or entry.index is not None
             if isinstance(entry, Record):
                 survey.count(entry.file, examined.traits)
-        return Checked(count, findings, survey.tallies)
+                if gather:
+                    records.append((entry, examined))
+        return Checked(count, findings, survey.tallies, gather(records) if gather else None)
 
     def _fetch(self, records: Iterable[Record]) -> None:
         """Download what records show before they are looked at one by one, where that is allowed.
@@ -209,6 +233,7 @@ def check_files(
     bad_pictures: BadPictures = "error",
     workers: int = 1,
     on_checked: Callable[[int], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> Report:
     """Read files once and report all that would stop or spoil a training run.
 
@@ -226,6 +251,7 @@ def check_files(
             counted?
         workers: processes that check; the report is the same for any number.
         on_checked: told, now and then, how many more records have been checked.
+        keeper: holds on to what the records are read and encoded to.
 
     Returns:
         The findings in the order of the files and records, then those about a set as a whole.
@@ -237,23 +263,19 @@ def check_files(
     records = 0
     findings: list[Finding] = []
     survey = Survey("characters" if processor is None else "tokens")
-    chunks = map_chunks(
-        checker.check_chunk, _entries(files), workers=workers, size_of=attrgetter("held_bytes")
-    )
+    check = partial(checker.check_chunk, gather=keeper.gather if keeper else None)
+    chunks = map_chunks(check, scan_all(files), workers=workers, size_of=attrgetter("held_bytes"))
     for checked in chunks:
         records += checked.records
         findings += checked.findings
         survey.add(checked.tallies)
+        if keeper:
+            keeper.store(checked.gathered)
         if on_checked:
             on_checked(checked.records)
     dropped = {(found.file, found.record) for found in findings if found.drops}
-    findings += survey.findings(partial(_entries, files), checker.read)
+    findings += survey.findings(partial(scan_all, files), checker.read)
     return Report(records, tuple(findings), len(dropped))
-
-
-def _entries(files: Iterable[Path]) -> Iterator[Record | Unreadable]:
-    for file in files:
-        yield from scan_records(file)
 
 
 def _look_through(

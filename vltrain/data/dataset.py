@@ -1,119 +1,70 @@
-"""Records -> samples with their pictures."""
+"""Rows of a table -> samples with their pictures."""
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
 
-from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode, too_long_error
+from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode
 from vltrain.data.formats import Format
 from vltrain.data.pictures import LOCAL_PICTURES, BadPictures, Pictures
 from vltrain.data.records import Record
+from vltrain.data.sample_table import SampleTable, rows_of
 from vltrain.errors import VltrainError
 
-TooLong = Literal["error", "drop"]
 DROPPED = "dropped"
 """Key of what stands for a sample that cannot be shown: why not; of a batch: all such reasons."""
 
 
-def split_records(
-    records: Sequence[Record], share: float, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Records to learn from and records to evaluate on, each in their old order.
+def split_numbers(
+    count: int, share: float, seed: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Numbers of samples to learn from and of samples to evaluate on, each ascending.
 
     Args:
-        records: at least two of them, unless `share` is 0.
-        share: of the records that are held out, in [0, 1); at least one where it is not 0.
+        count: samples, at least two of them unless `share` is 0.
+        share: of the samples that are held out, in [0, 1); at least one where it is not 0.
         seed: decides which; the same seed gives the same split.
 
     Raises:
         VltrainError: nothing would be left to learn from.
     """
-    held_out = 0 if share == 0 else max(1, round(share * len(records)))
-    if not 0 <= share < 1 or held_out >= max(1, len(records)):
-        what = f"{share} of {len(records)} records leaves none to learn from"
+    held_out = 0 if share == 0 else max(1, round(share * count))
+    if not 0 <= share < 1 or held_out >= max(1, count):
+        what = f"{share} of {count} samples leaves none to learn from"
         raise VltrainError.at("data.eval_share", what=what, fix="set a share such as 0.05, or 0")
-    chosen = set(random.Random(seed).sample(range(len(records)), held_out))
-    train = [record for place, record in enumerate(records) if place not in chosen]
-    return train, [records[place] for place in sorted(chosen)]
+    chosen = np.zeros(count, dtype=bool)
+    chosen[random.Random(seed).sample(range(count), held_out)] = True
+    return np.flatnonzero(~chosen).astype(np.int32), np.flatnonzero(chosen).astype(np.int32)
 
 
-class SampleDataset:
-    """Samples with their pixels, by number: a map-style dataset for a DataLoader.
+@dataclass(frozen=True)
+class RecordReader:
+    """What makes samples of records: the settings of a run, small enough for any worker."""
 
-    All records are encoded once when it is made (no picture is decoded), so that faults are
-    found and lengths known before a run starts. `ds[i]` opens and preprocesses the pictures,
-    in the worker that asks for it.
-    """
+    processor: Processor
+    labels: LabelPolicy = "assistant"
+    pictures: Pictures = LOCAL_PICTURES
+    format: Format = "auto"
+    bad_pictures: BadPictures = "error"
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        processor: Processor,
-        *,
-        labels: LabelPolicy = "assistant",
-        max_length: int | None = None,
-        too_long: TooLong = "error",
-        pictures: Pictures = LOCAL_PICTURES,
-        format: Format = "auto",
-        bad_pictures: BadPictures = "error",
-    ) -> None:
-        """Encode the records and keep those that fit.
+    def encode(self, record: Record) -> Sample:
+        """A record as ids and labels; raises VltrainError as `encoding.encode` does."""
+        return encode(
+            record.value,
+            self.processor,
+            self.labels,
+            where=record.name,
+            format=self.format,
+            image_size=self.pictures.measure(record.file),
+        )
 
-        Args:
-            records: of one or several files.
-            processor: the model's side of it.
-            labels: what is learned, as in `encode`.
-            max_length: tokens, image tokens included; None: any length.
-            too_long: refuse longer samples, or drop and count them.
-            pictures: where pictures are looked up.
-            format: how records are read; "auto" tells by the content of each.
-            bad_pictures: what `ds[i]` does where a picture cannot be opened: raise, or give
-                no sample but the reason.
-
-        Raises:
-            VltrainError: faulty or too long records, all of them in one message.
-        """
-        self.processor = processor
-        self.labels = labels
-        self.pictures = pictures
-        self.format: Format = format
-        self.bad_pictures: BadPictures = bad_pictures
-        self.records: list[Record] = []
-        self.lengths: list[int] = []  # tokens of each sample, image tokens included
-        self.learned_tokens: list[int] = []  # of each sample
-        self.image_counts: list[int] = []  # of each sample
-        self.largest_ids: list[int] = []  # of each sample
-        self.dropped = 0  # records longer than max_length that were left out
-        errors: list[str] = []
-        for record in records:
-            try:
-                sample = self._encode(record)
-            except VltrainError as error:
-                errors.append(str(error))
-                continue
-            if max_length is None or len(sample.input_ids) <= max_length:
-                self._keep(record, sample)
-            elif too_long == "drop":
-                self.dropped += 1
-            else:
-                errors.append(str(too_long_error(sample, processor, max_length, record.name)))
-        if errors:
-            raise VltrainError("\n".join(errors))
-
-    def _keep(self, record: Record, sample: Sample) -> None:
-        self.records.append(record)
-        self.lengths.append(len(sample.input_ids))
-        self.learned_tokens.append(sample.learned_tokens)
-        self.image_counts.append(len(sample.images))
-        self.largest_ids.append(max(sample.input_ids))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """One sample.
+    def item(self, record: Record) -> dict[str, Any]:
+        """A record as a DataLoader's worker gives it, its pictures opened.
 
         Returns:
             `input_ids`, `labels` (lists of int), `record` (its name) and, where it has pictures,
@@ -122,10 +73,9 @@ class SampleDataset:
             record and the path.
 
         Raises:
-            VltrainError: this reason, under `bad_pictures="error"`.
+            VltrainError: this reason, under `bad_pictures="error"`; or the record is faulty.
         """
-        record = self.records[number]
-        sample = self._encode(record)
+        sample = self.encode(record)
         item: dict[str, Any] = {
             "input_ids": sample.input_ids,
             "labels": sample.labels,
@@ -146,12 +96,78 @@ class SampleDataset:
         side = self.processor.picture_side
         return self.pictures.open(source, record.file, where=record.name, side=side)
 
-    def _encode(self, record: Record) -> Sample:
-        return encode(
-            record.value,
-            self.processor,
-            self.labels,
-            where=record.name,
-            format=self.format,
-            image_size=self.pictures.measure(record.file),
-        )
+
+class SampleDataset:
+    """Samples with their pixels, by number: a map-style dataset for a DataLoader.
+
+    `ds[i]` reads a record from the table, encodes it, and opens and preprocesses its pictures,
+    in the worker that asks for it. How long the samples are, and the like, is known beforehand.
+    """
+
+    def __init__(
+        self,
+        table: SampleTable,
+        reader: RecordReader,
+        numbers: NDArray[np.integer] | None = None,
+    ) -> None:
+        """Samples of a table.
+
+        Args:
+            table: its records, checked under the reader's settings.
+            reader: makes samples of them.
+            numbers: the table's rows that are samples here; None: all of them.
+        """
+        self.table = table
+        self.reader = reader
+        self._numbers = np.arange(len(table), dtype=np.int32) if numbers is None else numbers
+        column = {
+            name: values if numbers is None else values[numbers]
+            for name, values in table.numbers.items()
+        }
+        # int32, one of each sample
+        self.sources = column["source"]  # the place of what it is from, among what a run reads
+        self.lengths = column["tokens"]  # image tokens included
+        self.learned_tokens = column["learned_tokens"]
+        self.image_counts = column["image_count"]
+        self.largest_ids = column["largest_id"]
+
+    @classmethod
+    def of_records(
+        cls, records: Sequence[Record], processor: Processor, **settings: Any
+    ) -> "SampleDataset":
+        """A few records that are in memory, encoded at once.
+
+        Args:
+            records: of one or several files.
+            processor, settings: as for `RecordReader`.
+
+        Raises:
+            VltrainError: faulty records, all of them in one message.
+        """
+        reader = RecordReader(processor, **settings)
+        kept: list[tuple[Record, Sample]] = []
+        errors: list[str] = []
+        for record in records:
+            try:
+                kept.append((record, reader.encode(record)))
+            except VltrainError as error:
+                errors.append(str(error))
+        if errors:
+            raise VltrainError("\n".join(errors))
+        return cls(SampleTable.in_memory(rows_of(kept)), reader)
+
+    @property
+    def processor(self) -> Processor:
+        """The model's side of it."""
+        return self.reader.processor
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name(self, number: int) -> str:
+        """What errors call a sample."""
+        return self.table.name(self._numbers[number])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One sample: see `RecordReader.item`."""
+        return self.reader.item(self.table.record(self._numbers[number]))

@@ -15,6 +15,7 @@ from vltrain.errors import VltrainError
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 LabelPolicy = Literal["assistant", "reference"]
+TooLong = Literal["error", "drop"]
 
 
 class Processor(Protocol):
@@ -31,6 +32,8 @@ class Processor(Protocol):
     turn_end_id: int
     newline_id: int
     pad_id: int
+    fingerprint: str
+    """Another one where any text or picture has other ids."""
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of text: its grounding markup is parsed, control tokens stay plain text."""

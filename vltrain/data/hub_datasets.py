@@ -63,6 +63,12 @@ def scan_hub_dataset(named: HubDataset, file: Path) -> Iterator[Record | Unreada
     yield from scan_dataset(_brought_down(named), file)
 
 
+def files_of_hub_dataset(named: HubDataset) -> list[Path]:
+    """The files that a dataset is read from, in the library's cache; none where it is not read."""
+    dataset = _brought_down(named)
+    return [] if isinstance(dataset, Fault) else [Path(f["filename"]) for f in dataset.cache_files]
+
+
 @lru_cache(maxsize=8)  # a command reads its data several times, and is to see one commit of it
 def _brought_down(named: HubDataset) -> "Dataset | Fault":
     """The dataset from the cache, brought down first if need be; or why there is none."""

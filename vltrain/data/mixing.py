@@ -70,12 +70,12 @@ class Mix:
         return f"{', '.join(map(str, self.portions))}: {len(self):,} samples"
 
 
-def mix_of(data: DataConfig, file_numbers: NDArray[np.integer]) -> Mix | None:
+def mix_of(data: DataConfig, sources: NDArray[np.integer]) -> Mix | None:
     """What a recipe's epochs show; None where that is every sample once.
 
     Args:
         data: the recipe's section.
-        file_numbers: the place in `data.files` of each sample's file.
+        sources: the place in `data.files` of what each sample is from.
 
     Raises:
         VltrainError: an epoch would show nothing, or samples of a file that has none.
@@ -85,7 +85,7 @@ def mix_of(data: DataConfig, file_numbers: NDArray[np.integer]) -> Mix | None:
     entries = {entry.file: entry for entry in data.mix}
     portions: list[Portion] = []
     for place, file in enumerate(data.files):
-        numbers = np.flatnonzero(file_numbers == place)
+        numbers = np.flatnonzero(sources == place)
         entry = entries.get(file)
         shown = len(numbers) if entry is None else entry.shown(len(numbers))
         if shown and not len(numbers):

@@ -1,5 +1,6 @@
 """One function over many values, in worker processes, with results in the values' order."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -11,9 +12,15 @@ Result = TypeVar("Result")
 
 CHUNK_VALUES = 500
 CHUNK_BYTES = 16 << 20  # so that a chunk of records with their pictures in them stays small
+MOST_WORKERS = 8  # the one process that reads the values keeps no more busy
 _AHEAD = 3  # chunks a worker may be ahead of the reader, so that memory stays flat
 
 _work: Callable[[Any], Any]  # in a worker process: what it does with a chunk
+
+
+def worker_count() -> int:
+    """Processes to work in on this machine."""
+    return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
 def map_chunks(

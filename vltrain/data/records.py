@@ -19,6 +19,7 @@ class Record:
     index: int  # in the list or the table, or the line of a JSONL file; from 0
     value: Any
     held_bytes: int = field(default=0, compare=False)  # of a table's row, about; pictures are in it
+    source: int = field(default=0, compare=False)  # place, among what a run reads, of what it is in
 
     @property
     def name(self) -> str:

@@ -12,11 +12,12 @@
 `:split` behind a folder or a name says which split is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from vltrain.data.faults import Fault, error_of
-from vltrain.data.hub_datasets import hub_dataset, scan_hub_dataset
+from vltrain.data.hub_datasets import files_of_hub_dataset, hub_dataset, scan_hub_dataset
 from vltrain.data.json_files import scan_lines, scan_list
 from vltrain.data.parquet_files import ENDING as PARQUET
 from vltrain.data.parquet_files import MAGIC, scan_parquet, scan_parquet_folder
@@ -60,6 +61,22 @@ def scan_records(path: Path) -> Iterator[Record | Unreadable]:
     if empty:
         fault = Fault("no_records", "the file holds no record", "add records, or leave it out")
         yield Unreadable(path, None, fault)
+
+
+def scan_all(paths: Iterable[Path]) -> Iterator[Record | Unreadable]:
+    """The records of all that `paths` name; each knows the place of the path that it is from."""
+    for source, path in enumerate(paths):
+        for entry in scan_records(path):
+            yield replace(entry, source=source) if isinstance(entry, Record) and source else entry
+
+
+def files_of(path: Path) -> Iterable[Path]:
+    """The files on disk that hold what `path` names; none where nothing is there."""
+    folder = path if path.is_dir() else Path(str(path).rpartition(":")[0])
+    if not path.exists() and not folder.is_dir():
+        named = hub_dataset(path.as_posix())
+        return [] if named is None else files_of_hub_dataset(named)
+    return [path] if path.is_file() else sorted(folder.rglob("*"))
 
 
 def _entries(path: Path) -> Iterator[Record | Unreadable]:

@@ -174,9 +174,14 @@ class RunDir:
 
 
 def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
-    """Which keys of two recipes differ, with both values; where a run lies does not count."""
+    """Which keys of two recipes differ, with both values.
+
+    Where a run lies does not count, nor where it keeps what it can make again.
+    """
     ours, theirs = _flat(asdict(here)), _flat(asdict(there))
-    keys = [key for key in dict.fromkeys([*theirs, *ours]) if key != "output"]
+    keys = [
+        key for key in dict.fromkeys([*theirs, *ours]) if key not in ("output", "data.cache_dir")
+    ]
     unset = object()
     return [
         f"{key} ({_shown(theirs, key)} there, {_shown(ours, key)} here)"
@@ -247,6 +252,7 @@ def environment(
     engine: str = "none",
     zero_stage: int | None = None,
     world_size: int = 1,
+    epoch: str,
 ) -> dict[str, Any]:
     """What a run stands on: `environment.json`.
 
@@ -258,6 +264,7 @@ def environment(
         engine: "none" for one process, else "ddp", "deepspeed" or "fsdp2".
         zero_stage: of DeepSpeed; None elsewhere.
         world_size: processes, on all machines.
+        epoch: what is shown in one, in words.
     """
     return {
         "vltrain": __version__,
@@ -268,6 +275,7 @@ def environment(
         "zero_stage": zero_stage,
         "world_size": world_size,
         "dtype": dtype,
+        "epoch": epoch,
         "base": {"path": base_path, "revision": base_revision, "hash": base_hash},
     }
 

@@ -191,11 +191,11 @@ class Trainer(transformers.Trainer):
         if isinstance(dataset, PackedDataset):
             return row_order(dataset, seed)
         if self.args.train_sampling_strategy == "random":
-            return sample_order(np.asarray(dataset.lengths), seed, mix=self._mix)
+            return sample_order(dataset.lengths, seed, mix=self._mix)
         if self.args.train_sampling_strategy == "group_by_length":
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps
             step *= self.args.world_size
-            return sample_order(np.asarray(dataset.lengths), seed, mix=self._mix, step_samples=step)
+            return sample_order(dataset.lengths, seed, mix=self._mix, step_samples=step)
         return super()._get_train_sampler(train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:

@@ -1,10 +1,10 @@
 """Looking at data before a run: `vltrain check`."""
 
 import json
-import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from vltrain.data.checks import Finding, Report, check_files
-from vltrain.data.dataset import TooLong
-from vltrain.data.encoding import LabelPolicy, Processor
+from vltrain.data.encoding import LabelPolicy, Processor, TooLong
 from vltrain.data.formats import Format
+from vltrain.data.parallel import worker_count
 from vltrain.data.pictures import LOCAL_PICTURES, BadPictures, Pictures
 from vltrain.errors import VltrainError
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
-_MOST_WORKERS = 8  # the one process that reads the files keeps no more busy
 
 
 def check(
@@ -56,8 +55,7 @@ def check(
         The exit code: 1 where there is an error, else 0.
     """
     processor = _processor(model) if model else None
-    with _progress() as progress:
-        task = progress.add_task("checking", total=None)
+    with checking_bar() as advance:
         report = check_files(
             files,
             processor=processor,
@@ -68,8 +66,8 @@ def check(
             decode=decode,
             bad_pictures=bad_pictures,
             format=format,
-            workers=min(os.cpu_count() or 1, _MOST_WORKERS),
-            on_checked=partial(progress.advance, task),
+            workers=worker_count(),
+            on_checked=advance,
         )
     if as_json:
         print(json.dumps(report.as_json()))
@@ -115,10 +113,15 @@ def refuse_errors(report: Report, files: Sequence[Path], *, undone: str) -> None
     )
 
 
-def _progress() -> Progress:
-    """A bar on stderr that counts records; nothing where stderr is no terminal."""
+@contextmanager
+def checking_bar() -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that counts records; nothing where stderr is no terminal.
+
+    Yields:
+        what is told how many more have been checked.
+    """
     console = Console(stderr=True)
-    return Progress(
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:,.0f} records"),
@@ -127,6 +130,8 @@ def _progress() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+    with bar:
+        yield partial(bar.advance, bar.add_task("checking", total=None))
 
 
 def _by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:

@@ -1,12 +1,11 @@
 """Recipe -> run directory: the one path for every method."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
@@ -15,17 +14,8 @@ from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vltrain.config import DataConfig, Recipe
-from vltrain.data.checks import check_files
+from vltrain.config import Recipe
 from vltrain.data.collation import Collator, collate_rows
-from vltrain.data.dataset import SampleDataset, split_records
-from vltrain.data.findings import Report
-from vltrain.data.mixing import Mix, mix_of
-from vltrain.data.packing import PackedDataset
-from vltrain.data.pictures import BadPictures, pictures_of
-from vltrain.data.records import Record
-from vltrain.data.sources import read_records
-from vltrain.errors import VltrainError
 from vltrain.models.adapters import (
     Adapter,
     add_lora,
@@ -43,7 +33,6 @@ from vltrain.models.loading import (
     DTYPES,
     checkpoint_dtype,
     dtype_for_machine,
-    foreign_id_error,
     load_model,
 )
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
@@ -55,8 +44,8 @@ from vltrain.training.plot import plot_loss
 from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, checkpoint_step, environment
 from vltrain.training.trainer import Trainer
-from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
+from vltrain.workflows.run_data import Halves, plan_of, read_data, refuse_foreign_ids
 
 
 @dataclass(frozen=True)
@@ -76,22 +65,6 @@ class Base:
     @property
     def folder(self) -> Path:
         return self.source.path
-
-
-@dataclass(frozen=True)
-class Halves:
-    """What is learned from and, where a recipe asks for it, what is evaluated on."""
-
-    train: SampleDataset
-    evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
-    mix: Mix | None = None  # what an epoch shows of `train`; None: each sample once
-    rows: PackedDataset | None = None  # the samples of an epoch, where the recipe packs them
-    dropped: int = 0  # records that were left out: too long, or with a bad picture
-
-    @property
-    def epoch_samples(self) -> int:
-        """Samples that an epoch shows."""
-        return len(self.train) if self.mix is None else len(self.mix)
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -115,13 +88,15 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     engine = plan_engine(recipe, base)
     run.refuse_another_engine(engine.name, engine.zero_stage)
     arguments = training_arguments(recipe, engine)  # before any model is loaded
-    halves = read_data(console, recipe.data, base, seed=arguments.seed)
+    halves = read_data(console, recipe.data, base.processor, seed=arguments.seed)
+    for half in filter(None, (halves.train, halves.evaluation)):
+        refuse_foreign_ids(half, base.vocabulary_size, base.folder)
     with arguments.main_process_first():
         fetch_weights(base.source)
     model = prepare_model(recipe, base, seed=arguments.seed)
     if engine.name != "none":
         let_ranks_meet(model, base.family, engine, halves)
-    origin = begin(run, recipe, base, engine) if is_first() else None
+    origin = begin(run, recipe, base, engine, halves) if is_first() else None
     wait_for_all()
     show_plan(console, recipe, base, model, halves, arguments, engine)
     fit(console, run, model, base, halves, arguments, engine)
@@ -134,7 +109,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     console.print(f"done: {run.final}; the loss is drawn in {run.loss_plot}", soft_wrap=True)
 
 
-def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine) -> Origin:
+def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine, halves: Halves) -> Origin:
     """Take the run's directory; the base, with its weights' hash, as results name it."""
     hash_of_base = weights_hash(base.folder)
     run.begin(
@@ -147,6 +122,7 @@ def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine) -> Origin:
             engine=engine.name,
             zero_stage=engine.zero_stage,
             world_size=process_count(),
+            epoch=halves.epoch,
         ),
     )
     return Origin(base.source.name, base.source.path, base.source.revision, hash_of_base)
@@ -175,7 +151,7 @@ def let_ranks_meet(
 ) -> None:
     """Run the vision side in batches without pictures too, where other processes wait for it."""
     samples = [half for half in (halves.train, halves.evaluation) if half is not None]
-    pictures = any(any(half.image_counts) for half in samples)
+    pictures = any(half.image_counts.any() for half in samples)
     if learns_to_see(model, family) or (pictures and engine.shards_weights):
         family.see_always(model.get_base_model() if isinstance(model, PeftModel) else model)
 
@@ -187,86 +163,6 @@ def read_base(model: str) -> Base:
     config = family.read_config(read_json(source.path / "config.json"))
     processor = family.read_processor(source.path)
     return Base(source, family, config, processor)
-
-
-def read_data(console: Console, data: DataConfig, base: Base, *, seed: int) -> Halves:
-    """Check every file, then read them; eval samples come from their files or from a share.
-
-    Raises:
-        VltrainError: all that is wrong with the files.
-    """
-    files = [*data.files, *data.eval_files]
-    report = check_files(
-        files,
-        processor=base.processor,
-        pictures=pictures_of(data),
-        max_length=data.max_length,
-        too_long=data.too_long,
-        labels=data.labels,
-        format=data.format,
-        bad_pictures=data.bad_pictures,
-    )
-    if report.findings:
-        print_report(report, console)
-    refuse_errors(report, files, undone="trained")
-    records, held_out = split_records(_kept(data.files, report), data.eval_share, seed)
-    held_out += _kept(data.eval_files, report)
-    samples = _samples(records, data, base, data.bad_pictures)
-    mix = mix_of(data, np.array([data.files.index(record.file) for record in samples.records]))
-    return Halves(
-        train=samples,
-        evaluation=_samples(held_out, data, base, "error") if held_out else None,
-        mix=mix,
-        rows=_rows(samples, data, mix, seed) if data.packing else None,
-        dropped=report.dropped,
-    )
-
-
-def _kept(files: Sequence[Path], report: Report) -> list[Record]:
-    """The records of files, but for those that are dropped; VltrainError if that is all."""
-    dropped = {(found.file, found.record) for found in report.findings if found.drops}
-    records = (record for file in files for record in read_records(file))
-    kept = [record for record in records if (str(record.file), record.index) not in dropped]
-    if files and not kept:
-        raise VltrainError.at(
-            ", ".join(map(str, files)),
-            what=f"nothing is left: all records are dropped ({report.dropped:,} of all files)",
-            fix="mend the pictures or raise data.max_length: the findings above say which",
-        )
-    return kept
-
-
-def _rows(samples: SampleDataset, data: DataConfig, mix: Mix | None, seed: int) -> PackedDataset:
-    """The samples of an epoch, packed.
-
-    What a mix draws of a file is drawn once and shown in every epoch: other samples would fill
-    another number of rows, and a run that resumes counts its steps in rows.
-    """
-    numbers = None if mix is None else mix.numbers(seed=seed, epoch=0)
-    return PackedDataset(samples, data.max_length, numbers)
-
-
-def _samples(
-    records: list[Record], data: DataConfig, base: Base, bad_pictures: BadPictures
-) -> SampleDataset:
-    samples = SampleDataset(
-        records,
-        base.processor,
-        labels=data.labels,
-        max_length=data.max_length,
-        pictures=pictures_of(data),
-        format=data.format,
-        bad_pictures=bad_pictures,
-    )
-    _refuse_foreign_ids(samples, base)
-    return samples
-
-
-def _refuse_foreign_ids(samples: SampleDataset, base: Base) -> None:
-    """Raise VltrainError where a sample has an id that the embedding matrix has no row for."""
-    for record, largest in zip(samples.records, samples.largest_ids, strict=True):
-        if largest >= base.vocabulary_size:
-            raise foreign_id_error(record.name, largest, base.vocabulary_size, base.folder)
 
 
 def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
@@ -320,27 +216,11 @@ def show_plan(
     learned = sum(count.learned for count in counts.values())
     parts.add_row("all", f"{learned:,}", f"{sum(c.total for c in counts.values()):,}", style="bold")
     console.print(parts)
-    samples = halves.train
+    for line in plan_of(halves):
+        console.print(line, soft_wrap=True)
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     step *= process_count()
-    console.print(
-        f"{len(samples):,} samples, {sum(samples.lengths):,} tokens "
-        f"({sum(samples.learned_tokens):,} learned), {sum(samples.image_counts):,} pictures; "
-        f"longest {max(samples.lengths):,} tokens, {halves.dropped:,} dropped",
-        soft_wrap=True,
-    )
-    if halves.mix is not None:
-        console.print(f"an epoch: {halves.mix}", soft_wrap=True)
-    if halves.evaluation is not None:
-        console.print(f"{len(halves.evaluation):,} samples to evaluate on")
-    rows = halves.rows
-    if rows is not None:
-        console.print(
-            f"packed into {len(rows):,} rows of up to {rows.row_tokens:,} tokens, "
-            f"{rows.fill:.1%} full",
-            soft_wrap=True,
-        )
-    units, noun = (halves.epoch_samples, "samples") if rows is None else (len(rows), "rows")
+    units, noun = halves.epoch_units
     console.print(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"

@@ -118,6 +118,12 @@ class QwenVLProcessor:
         """The id of `<imgpad>`, whose place an image token takes."""
         return self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the vocabulary and of the layout; whoever has the same gets the same ids."""
+        layout = (self.n_queries, self.default_system)
+        return f"qwen_vl {self.tokenizer.vocabulary_hash} {layout}"
+
     def text_ids(self, text: str) -> list[int]:
         """The ids of what somebody wrote.
 

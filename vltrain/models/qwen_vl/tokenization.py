@@ -10,6 +10,7 @@ every token has a string of its own and nothing is lost on the way back.
 
 import base64
 import binascii
+import hashlib
 import json
 import unicodedata
 from pathlib import Path
@@ -219,6 +220,11 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return frozenset(
             self._token_ids[token] for token in (*GROUNDING_TOKENS, IMAGE_START, IMAGE_END)
         )
+
+    @property
+    def vocabulary_hash(self) -> str:
+        """sha256 of the vocabulary file, line ends as they are."""
+        return hashlib.sha256(self._vocab_content).hexdigest()
 
     def save_vocabulary(
         self, save_directory: str | Path, filename_prefix: str | None = None
