@@ -175,6 +175,14 @@ def test_answers_that_are_not_learned_do_not_count(tmp_path):
     assert found([written(tmp_path / "a.json", *map(value, range(30)))]) == []
 
 
+def test_silence_is_no_answer_that_many_records_share(tmp_path):
+    values = [record(f"question {number}", " ", "And?", str(number)) for number in range(30)]
+
+    report = check_files([written(tmp_path / "a.json", *values)])
+
+    assert {finding.kind for finding in report.findings} == {"empty_turn"}
+
+
 def test_one_answer_of_each_file_is_counted_for_itself(tmp_path):
     first = written(tmp_path / "a.json", *[record(f"a{n}", "yes") for n in range(20)])
     second = written(tmp_path / "b.json", *[record(f"b{n}", "no") for n in range(1200)])

@@ -150,10 +150,9 @@ def content_of(
 
 
 def learned_answers(conversation: Conversation) -> tuple[str, ...]:
-    """What is learned of a conversation, turn by turn."""
-    return tuple(
-        [turn.written for turn in conversation.turns if turn.role == "assistant" and turn.learn]
-    )
+    """What is learned of a conversation, turn by turn; silence is a fault of its own."""
+    learned = [turn for turn in conversation.turns if turn.role == "assistant" and turn.learn]
+    return tuple([turn.written for turn in learned if not turn.is_blank])
 
 
 def characters(conversation: Conversation) -> int:
