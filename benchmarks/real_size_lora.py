@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator
@@ -26,6 +25,7 @@ from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.callbacks import ProgressBar
+from vltrain.training.profiling import StepClock
 from vltrain.training.trainer import Trainer
 
 ACCUMULATION = 8
@@ -55,6 +55,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, config: QwenVLConfig, tokens: int, count: int) -> None:
         self.config, self.tokens, self.count = config, tokens, count
+        self.lengths = [tokens] * count
 
     def __len__(self) -> int:
         return self.count
@@ -71,25 +72,6 @@ class Samples(torch.utils.data.Dataset):
             "labels": [-100] * len(picture) + text,
             "pixel_values": torch.randn(1, 3, side, side, generator=generator),
         }
-
-
-class StepClock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._synchronize()
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
-
-    def _synchronize(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
 
 def measure(tokens: int, steps: int, *, toy: bool) -> dict[str, Any]:

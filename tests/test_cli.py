@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import vltrain.workflows.chat
 import vltrain.workflows.convert
 import vltrain.workflows.demo
+import vltrain.workflows.estimate
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
 import vltrain.workflows.preview
@@ -22,7 +23,18 @@ from vltrain.data.pictures import Pictures
 from vltrain.data.refcoco import EXPRESSION_QUESTION
 from vltrain.errors import GpuMemoryError, NotFiniteError, Stopped, VltrainError
 
-COMMANDS = ("full", "lora", "merge", "chat", "check", "preview", "stats", "demo", "convert")
+COMMANDS = (
+    "full",
+    "lora",
+    "merge",
+    "chat",
+    "check",
+    "preview",
+    "stats",
+    "estimate",
+    "demo",
+    "convert",
+)
 
 
 def run_module(*words: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +55,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.convert, "convert_llava_file"),
         (vltrain.workflows.preview, "preview"),
         (vltrain.workflows.stats, "stats"),
+        (vltrain.workflows.estimate, "estimate_run"),
         (vltrain.workflows.demo, "write_demo"),
         (vltrain.workflows.demo, "score_demo"),
     ):
@@ -290,6 +303,25 @@ def test_what_reads_data_takes_its_format(called: list[tuple], words: tuple[str,
     type_in(*words, "--format", "swift")
 
     assert called[0][2]["format"] == "swift"
+
+
+def test_estimate_gets_recipe_method_and_gpu(called: list[tuple], tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    words = ("--method", "full", "--set", "data.max_length=512", "--memory-gib", "24", "--json")
+
+    assert type_in("estimate", str(file), *words) == 0
+    given = {
+        "method": "full",
+        "model": None,
+        "data": (),
+        "overrides": ["data.max_length=512"],
+        "pictures": 1,
+        "memory_gib": 24.0,
+        "gpus": 1,
+        "probe": True,
+        "as_json": True,
+    }
+    assert called == [("estimate_run", (file,), given)]
 
 
 def test_stats_gets_data_model_and_limit(called: list[tuple]):

@@ -476,6 +476,59 @@ def stats(
 
 
 @app.command()
+def estimate(
+    recipe: RecipePath = None,
+    method: Annotated[
+        Literal["full", "lora"] | None,
+        typer.Option("--method", help="Of the run, where the recipe does not say; else lora."),
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    overrides: Overrides = None,
+    pictures: Annotated[
+        int,
+        typer.Option(
+            "--pictures", min=0, help="In each sample, where no data is given; samples are full."
+        ),
+    ] = 1,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option("--memory-gib", min=0, help="Of the GPU; without it, the one that is there."),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=1, help="Of the run; the memory is that of each.")
+    ] = 1,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe", help="Measure some steps on random weights, if there is a GPU."
+        ),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Say what memory and time a run will take.
+
+    GPU memory by part, and the largest batch that fits. No GPU and no weights are needed: of a
+    name on the hub only the configuration and the tokenizer come down. The time of an epoch is
+    measured, so it needs a GPU and data.
+    """
+    from vltrain.workflows.estimate import estimate_run
+
+    estimate_run(
+        recipe,
+        method=method,
+        model=model,
+        data=data or (),
+        overrides=overrides or (),
+        pictures=pictures,
+        memory_gib=memory_gib,
+        gpus=gpus,
+        probe=probe,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The demo's folder.")],
     score: Annotated[

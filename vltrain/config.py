@@ -125,6 +125,7 @@ class Recipe:
     deepspeed: str | None = None  # a name of ds_configs/ (zero1, zero2, zero3, …) or a file's path
     lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
 
     @property

@@ -31,6 +31,7 @@ QWEN_VL = Family(
     embeddings=("transformer.wte", "lm_head"),
     constants=("transformer.visual.attn_pool.pos_embed",),
     see_always=QwenVLForConditionalGeneration.see_always,
+    read_sizes=QwenVLConfig.model_sizes,
 )
 
 FAMILIES = (QWEN_VL,)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vltrain.models.sizes import ModelSizes
+
 Part = Literal["vision", "projector", "language"]
 
 
@@ -57,6 +59,8 @@ class Family:
     constants: tuple[str, ...]  # parameters that are stored but learn only where a run says so
     # Lets the vision side run in batches without pictures too, for processes that wait for it.
     see_always: Callable[[PreTrainedModel], None]
+    # Shapes that memory is computed from; it takes what `read_config` gives.
+    read_sizes: Callable[[Any], ModelSizes]
 
     @property
     def layers(self) -> tuple[str, ...]:

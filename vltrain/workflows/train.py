@@ -26,6 +26,7 @@ from vltrain.models.adapters import (
 )
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import family_of, is_chat_tuned, read_json
+from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
@@ -37,13 +38,23 @@ from vltrain.models.loading import (
 )
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.models.shares import whole_tensors
+from vltrain.models.sizes import Census
 from vltrain.training.arguments import step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
-from vltrain.training.engines import Engine, Load, Machine, choose_engine
+from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.plot import plot_loss
 from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, checkpoint_step, environment
 from vltrain.training.trainer import Trainer
+from vltrain.workflows.memory import (
+    RunMemory,
+    gpu_memory,
+    largest_batch_of,
+    load_of,
+    refuse_what_cannot_fit,
+    show_memory,
+    work_of,
+)
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, plan_of, read_data, refuse_foreign_ids
 
@@ -91,6 +102,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     halves = read_data(console, recipe.data, base.processor, seed=arguments.seed)
     for half in filter(None, (halves.train, halves.evaluation)):
         refuse_foreign_ids(half, base.vocabulary_size, base.folder)
+    check_memory(console, recipe, base, halves, arguments, engine)
     with arguments.main_process_first():
         fetch_weights(base.source)
     model = prepare_model(recipe, base, seed=arguments.seed)
@@ -134,16 +146,13 @@ def plan_engine(recipe: Recipe, base: Base) -> Engine:
     Raises:
         VltrainError: it cannot run here.
     """
-
-    def load() -> Load:
-        with torch.device("meta"):  # shapes without memory
-            model = base.family.model_class(base.config)
-        counts = count_parts(let_learn(model, recipe, base, seed=0), base.family).values()
-        learned = sum(count.learned for count in counts)
-        width = DTYPES[dtype_for_machine(recipe.dtype)].itemsize
-        return Load(learned, sum(count.total for count in counts) - learned, width)
-
-    return choose_engine(recipe.engine, recipe.deepspeed, Machine.this(), load, base.family.layers)
+    return choose_engine(
+        recipe.engine,
+        recipe.deepspeed,
+        Machine.this(),
+        lambda: load_of(count_run(recipe, base), recipe),
+        base.family.layers,
+    )
 
 
 def let_ranks_meet(
@@ -154,6 +163,40 @@ def let_ranks_meet(
     pictures = any(half.image_counts.any() for half in samples)
     if learns_to_see(model, family) or (pictures and engine.shards_weights):
         family.see_always(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def count_run(recipe: Recipe, base: Base) -> Census:
+    """Where the parameters of a run lie and which of them learn; no weight is read."""
+    model = skeleton(base.family, base.config, DTYPES[dtype_for_machine(recipe.dtype)])
+    return take_census(let_learn(model, recipe, base, seed=0), base.family)
+
+
+def check_memory(
+    console: Console,
+    recipe: Recipe,
+    base: Base,
+    halves: Halves,
+    arguments: TrainingArguments,
+    engine: Engine,
+) -> None:
+    """Show what a run will take of the GPU that is there; without one, nothing.
+
+    Raises:
+        VltrainError: it cannot fit, and `memory_check` is on.
+    """
+    gpu_bytes = gpu_memory()
+    if gpu_bytes is None:
+        return
+    run = RunMemory(
+        count_run(recipe, base),
+        base.family.read_sizes(base.config),
+        largest_batch_of(halves.train, halves.rows, arguments),
+        work_of(recipe, arguments, engine, process_count()),
+        engine,
+    )
+    show_memory(console, run, gpu_bytes)
+    if recipe.memory_check:
+        refuse_what_cannot_fit(run, gpu_bytes)
 
 
 def read_base(model: str) -> Base:

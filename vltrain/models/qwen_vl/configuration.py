@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from vltrain.models.sizes import DecoderSizes, ModelSizes, TowerSizes
+
 # What a published config.json says that would lead the Auto classes to remote code.
 FOREIGN_KEYS = ("auto_map", "architectures", "model_type")
 
@@ -22,6 +24,11 @@ class VisionSizes:
     output_dim: int  # width of the language model
     image_start_id: int  # <img>; </img> is the next id, <imgpad> the one after
     n_queries: int = 256  # image tokens a picture becomes
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the hidden layer of the ViT's MLP."""
+        return int(self.width * self.mlp_ratio)
 
     @property
     def image_end_id(self) -> int:
@@ -83,6 +90,30 @@ class QwenVLConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.kv_channels
+
+    def model_sizes(self) -> ModelSizes:
+        """The shapes that memory is computed from."""
+        vision = self.vision
+        return ModelSizes(
+            decoder=DecoderSizes(
+                layers=self.num_hidden_layers,
+                width=self.hidden_size,
+                heads=self.num_attention_heads,
+                attention_width=self.num_attention_heads * self.kv_channels,
+                mlp_width=self.intermediate_size // 2,
+                vocabulary=self.vocab_size,
+            ),
+            tower=TowerSizes(
+                layers=vision.layers,
+                width=vision.width,
+                heads=vision.heads,
+                mlp_width=vision.mlp_width,
+                patches=(vision.image_size // vision.patch_size) ** 2,
+                image_tokens=vision.n_queries,
+                marks=2,
+            ),
+            loss_rows=None,
+        )
 
     @classmethod
     def from_published(cls, values: dict[str, Any]) -> "QwenVLConfig":

@@ -95,7 +95,7 @@ class VisionBlock(GradientCheckpointingLayer):
         self.ln_1 = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
         self.attn = VisionAttention(sizes.width, sizes.heads)
         self.ln_2 = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
-        self.mlp = VisionMLP(sizes.width, int(sizes.width * sizes.mlp_ratio))
+        self.mlp = VisionMLP(sizes.width, sizes.mlp_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """float [N, P, V] -> float [N, P, V]."""

@@ -1,0 +1,222 @@
+"""Bytes of activations: by hand, and beside what autograd really keeps."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vltrain.config import FreezeConfig
+from vltrain.models.adapters import Adapter, add_lora, set_learned
+from vltrain.models.catalog import QWEN_VL
+from vltrain.models.census import take_census
+from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+from vltrain.models.sizes import (
+    AdapterSizes,
+    Census,
+    DecoderSizes,
+    ModelSizes,
+    PlaceWeights,
+    TowerSizes,
+)
+from vltrain.training.activations import (
+    BatchSizes,
+    Compute,
+    decoder_kept,
+    decoder_layer,
+    logits_backward,
+    logits_forward,
+    logits_gradient,
+    residual_bytes,
+    vision_kept,
+    vision_layer,
+    vision_passing,
+)
+
+SIZES = ModelSizes(
+    DecoderSizes(layers=2, width=8, heads=2, attention_width=8, mlp_width=16, vocabulary=100),
+    TowerSizes(layers=3, width=4, heads=2, mlp_width=8, patches=9, image_tokens=4, marks=2),
+    loss_rows=None,
+)
+FROZEN = PlaceWeights(total=800, total_bytes=1600)
+LEARNED = PlaceWeights(800, 800, 800, 3200, 3200)
+RESTING = Census({"embeddings": FROZEN, "layers": FROZEN}, AdapterSizes())
+LEARNING = Census({"embeddings": LEARNED, "layers": LEARNED}, AdapterSizes())
+BATCH = BatchSizes(rows=1, row_tokens=10, learned_tokens=6, pictures=1)
+HALF, WHOLE = Compute(2), Compute(4)
+
+
+def test_a_frozen_layer_keeps_norms_attention_and_mlp():
+    # Norms 2 x 4 x (8 + 1), attention 6 x 2 x 8 and 4 x 2 heads, MLP 3 x 2 x 16: 272 a token.
+    assert decoder_layer(SIZES, RESTING, BATCH, HALF).kept == 10 * 272
+
+
+def test_a_layer_that_learns_keeps_what_its_weights_read_as_well():
+    # 272, and 2 x 4 x 8 of the norms, 3 x 2 x 8 and 2 x 16 of the linear layers.
+    assert decoder_layer(SIZES, LEARNING, BATCH, HALF).kept == 10 * (272 + 64 + 48 + 32)
+
+
+def test_adapters_keep_what_they_read_its_mask_and_their_bottleneck():
+    adapters = AdapterSizes(inputs=2 * 32, ranks=2 * 12, outputs=2 * 64, dropout=True)
+    census = Census(RESTING.places, adapters)
+
+    # In each of two layers: (2 + 1) x 32 and 2 x 12.
+    assert decoder_layer(SIZES, census, BATCH, HALF).kept == 10 * (272 + 96 + 24)
+
+
+def test_packed_attention_copies_the_values_and_keeps_no_more_of_the_projection():
+    packed = replace(HALF, attention="packed")
+
+    assert decoder_layer(SIZES, RESTING, BATCH, packed).kept == 10 * (272 - 2 * 2 * 8)
+
+
+def test_spelled_out_attention_keeps_two_squares_for_each_head():
+    eager = replace(HALF, attention="eager")
+
+    assert decoder_layer(SIZES, RESTING, BATCH, eager).kept == 10 * 272 + 100 * 2 * (4 + 2)
+
+
+def test_rows_side_by_side_need_a_mask():
+    two = BatchSizes(rows=2, row_tokens=10, learned_tokens=12, pictures=2)
+
+    assert decoder_layer(SIZES, RESTING, two, HALF).kept == 20 * 272 + 2 * 100 * 2
+
+
+def test_checkpointing_keeps_the_input_of_each_layer():
+    # Two layers' inputs in bf16; the last norm's input in float32; what the head reads.
+    assert decoder_kept(SIZES, RESTING, BATCH, HALF) == 10 * 2 * 2 * 8 + 10 * 4 * 8 + 6 * 2 * 8
+
+
+def test_without_checkpointing_every_layer_is_kept():
+    bare = replace(HALF, checkpointing=False)
+
+    assert decoder_kept(SIZES, RESTING, BATCH, bare) == 10 * 2 * 272 + 10 * 4 * 8 + 6 * 2 * 8
+
+
+def test_hidden_states_have_the_width_of_the_embeddings():
+    assert residual_bytes(RESTING) == 2
+    assert residual_bytes(LEARNING) == 4
+
+
+def test_a_loss_of_one_piece_holds_the_logits_three_times():
+    assert logits_forward(SIZES, BATCH, HALF) == 10 * 100 * (2 + 4 + 4)
+    assert logits_forward(SIZES, BATCH, WHOLE) == 10 * 100 * (4 + 4)
+    assert logits_backward(SIZES, BATCH, HALF) == 10 * 100 * 12
+    assert logits_gradient(SIZES, BATCH, HALF) == 10 * 2 * (100 + 8)
+
+
+def test_a_loss_in_blocks_holds_the_logits_of_learned_tokens_and_one_wide_block():
+    blocks = replace(SIZES, loss_rows=4)
+
+    assert logits_forward(blocks, BATCH, HALF) == 100 * (6 * 2 + 4 * 12)
+    assert logits_backward(blocks, BATCH, HALF) == 100 * (6 * 2 + 4 * 12)
+    assert logits_gradient(blocks, BATCH, HALF) == 6 * 2 * (100 + 8)
+
+
+def test_a_tower_and_a_projector_that_rest_keep_nothing():
+    assert vision_kept(SIZES, RESTING, BATCH, HALF) == 0
+
+
+def test_a_projector_that_learns_keeps_what_it_made_of_the_patches():
+    census = Census(RESTING.places | {"projector": LEARNED}, AdapterSizes())
+
+    patches, image_tokens = 9 * (2 * 4 + (4 + 8) * 8), 4 * (4 + 6) * 8
+    assert vision_kept(SIZES, census, BATCH, HALF) == patches + image_tokens
+
+
+def test_the_widest_moment_of_a_resting_tower_is_its_mlp_or_the_projector():
+    narrow = replace(SIZES, decoder=replace(SIZES.decoder, width=1))
+
+    assert vision_passing(SIZES, BATCH, HALF) == 9 * (2 * 4 + (10 + 8) * 8)
+    assert vision_passing(narrow, BATCH, HALF) == 9 * (8 * 4 + 4 * 8)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], *, half: bool) -> int:
+    """Bytes that autograd keeps of a forward, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        held = forward()  # its graph must live, or a tensor's address is given to the next
+    assert held.requires_grad
+    return sum(kept.values())
+
+
+def small_config(*, decoder_layers: int = 1, vision_layers: int = 1) -> QwenVLConfig:
+    config = QwenVLConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        kv_channels=64,
+        num_hidden_layers=decoder_layers,
+        intermediate_size=1408,
+        vocab_size=480,
+        visual={
+            "heads": 2,
+            "image_size": 112,
+            "image_start_id": 470,
+            "layers": vision_layers,
+            "mlp_ratio": 2.0,
+            "n_queries": 4,
+            "output_dim": 256,
+            "patch_size": 14,
+            "width": 96,
+        },
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+@pytest.mark.parametrize(("method", "half"), [("full", True), ("full", False), ("lora", True)])
+def test_a_decoder_layer_keeps_what_the_formula_says(method, half):
+    tokens, measured = 64, []
+    ids = torch.arange(tokens)[None]
+    for layers in (2, 3):
+        config = small_config(decoder_layers=layers)
+        model = QwenVLForConditionalGeneration(config)
+        model = model.bfloat16() if half else model
+        if method == "full":
+            model = set_learned(model, QWEN_VL, FreezeConfig())
+        else:
+            adapter = Adapter(r=8, dropout=0.0)  # dropout's mask is bool on a GPU alone
+            model = add_lora(model, QWEN_VL, FreezeConfig(), adapter, seed=0)
+            model.enable_input_require_grads()
+        model.config.use_cache = False
+        model.train()
+        loss = lambda model=model: model(input_ids=ids, labels=ids).loss  # noqa: E731
+        measured.append(saved_bytes(model, loss, half=half))
+    census = take_census(model, QWEN_VL)
+    compute = Compute(2 if half else 4, checkpointing=False)
+    batch = BatchSizes(1, tokens, tokens, 0)
+
+    expected = decoder_layer(config.model_sizes(), census, batch, compute).kept
+    if half:  # and autocast's copies of the layer's weights
+        learned = census.at("layers" if method == "full" else "adapter").learned_matrices
+        expected += 2 * learned // 3
+    assert measured[1] - measured[0] == expected
+
+
+def test_tower_and_projector_keep_what_the_formulas_say():
+    measured = []
+    pixels = torch.zeros(2, 3, 112, 112)
+    for layers, frozen in ((2, True), (2, False), (3, False)):
+        config = small_config(vision_layers=layers)
+        model = QwenVLForConditionalGeneration(config)
+        set_learned(model, QWEN_VL, FreezeConfig(vision=frozen))
+        tower = model.transformer.visual
+        see = lambda tower=tower: tower(pixels)  # noqa: E731
+        measured.append(saved_bytes(model, see, half=False))
+    sizes, compute = config.model_sizes(), Compute(4, checkpointing=False)
+    resting = take_census(set_learned(model, QWEN_VL, FreezeConfig()), QWEN_VL)
+    projector = vision_kept(sizes, resting, BatchSizes(1, 64, 64, 2), compute)
+
+    assert measured[2] - measured[1] == 2 * vision_layer(sizes.tower, compute)
+    assert projector == pytest.approx(measured[0], rel=0.01)  # norms' means are left out

@@ -1,0 +1,236 @@
+"""Memory of a run: by hand, and that it moves the way it must."""
+
+from dataclasses import replace
+
+import pytest
+
+from vltrain.models.sizes import (
+    AdapterSizes,
+    Census,
+    DecoderSizes,
+    ModelSizes,
+    PlaceWeights,
+    TowerSizes,
+)
+from vltrain.training.activations import BatchSizes, Compute
+from vltrain.training.memory import (
+    CONTEXT_BYTES,
+    WORKSPACE_BYTES,
+    estimate,
+    largest_batch,
+    scaled,
+)
+from vltrain.training.moments import Sharing, Work
+from vltrain.training.optimizer_bytes import Optimizer
+
+SIZES = ModelSizes(
+    DecoderSizes(layers=2, width=8, heads=2, attention_width=8, mlp_width=16, vocabulary=100),
+    TowerSizes(layers=3, width=4, heads=2, mlp_width=8, patches=9, image_tokens=4, marks=2),
+    loss_rows=None,
+)
+
+
+def frozen(count: int) -> PlaceWeights:
+    return PlaceWeights(total=count, total_bytes=2 * count)
+
+
+def learned(count: int) -> PlaceWeights:
+    return PlaceWeights(count, count, count, 4 * count, 4 * count)
+
+
+LORA = Census(
+    {
+        "embeddings": frozen(800),
+        "layers": frozen(1280),
+        "head": frozen(800),
+        "vision": frozen(600),
+        "projector": frozen(100),
+        "adapter": learned(256),
+    },
+    AdapterSizes(inputs=64, ranks=8, outputs=112, dropout=True),
+)
+FULL = Census(
+    {
+        "embeddings": learned(800),
+        "layers": learned(1280),
+        "head": learned(800),
+        "vision": frozen(600),
+        "projector": frozen(100),
+    },
+    AdapterSizes(),
+)
+BATCH = BatchSizes(rows=1, row_tokens=10, learned_tokens=6, pictures=1)
+WORK = Work(Compute(2), Optimizer("adamw_torch_fused"))
+
+
+def moment(census: Census, work: Work, name: str, sizes: ModelSizes = SIZES):
+    return {m.name: m for m in estimate(census, sizes, BATCH, work).moments}[name]
+
+
+def test_an_adapter_run_is_weights_states_and_the_loss_on_its_way_back():
+    memory = estimate(LORA, SIZES, BATCH, WORK)
+
+    assert memory.weights == {
+        "embeddings": 1600,
+        "layers": 2560,
+        "head": 1600,
+        "vision": 1200,
+        "projector": 200,
+        "adapter": 1024,
+    }
+    assert memory.optimizer == 2 * 1024
+    assert memory.peak.name == "the loss, backward"
+    assert memory.peak.gradients == 1024
+    assert memory.peak.activations == 10 * 2 * 2 * 8 + 10 * 4 * 8 + 6 * 2 * 8
+    assert memory.peak.logits == 10 * 100 * 12
+    assert memory.total == 8184 + 2048 + WORKSPACE_BYTES + 1024 + 736 + 12_000
+    assert memory.needed == memory.total + CONTEXT_BYTES
+
+
+def test_a_full_run_takes_sixteen_bytes_for_each_learned_weight_and_copies_of_them():
+    memory = estimate(FULL, SIZES, BATCH, WORK)
+
+    assert sum(memory.weights.values()) == 4 * 2880 + 2 * 700
+    assert memory.optimizer == 8 * 2880
+    assert moment(FULL, WORK, "the loss").gradients == 4 * 2880
+    # Autocast copies the layers' and the head's matrices; embeddings are looked up as they are.
+    assert moment(FULL, WORK, "the loss").copies == 2 * (1280 + 800)
+    assert moment(FULL, WORK, "the loss, backward").copies == 2 * 800
+    # The head's gradient comes in bf16 and is widened, beside the copy of its weights.
+    assert moment(FULL, WORK, "the head, backward").copies == (2 + 4 + 2) * 800
+    assert moment(FULL, WORK, "the embeddings, backward").copies == 4 * 800
+
+
+def test_copies_stay_where_layers_are_not_recomputed():
+    bare = replace(WORK, compute=replace(WORK.compute, checkpointing=False))
+
+    assert moment(FULL, bare, "the loss, backward").copies == 2 * (1280 + 800)
+
+
+def test_in_float32_nothing_is_copied():
+    whole = replace(WORK, compute=Compute(4))
+
+    assert moment(FULL, whole, "the loss").copies == 0
+    assert moment(FULL, whole, "the head, backward").copies == 4 * 800
+
+
+def test_without_accumulation_no_gradient_is_there_before_the_way_back():
+    alone = replace(WORK, accumulates=False)
+
+    assert moment(FULL, alone, "the loss, backward").gradients == 0
+    assert moment(FULL, alone, "the last layer, backward").gradients == 4 * 800  # the head's
+    # All but the embeddings' and, of two layers, this one's.
+    assert moment(FULL, alone, "the first layer, backward").gradients == 4 * (800 + 640)
+    assert moment(FULL, alone, "the optimizer's step").gradients == 4 * 2880
+
+
+def test_torchs_plain_adamw_holds_the_roots_of_the_second_moments_for_a_while():
+    plain = replace(WORK, optimizer=Optimizer("adamw_torch"))
+
+    assert moment(FULL, plain, "the optimizer's step").copies == 4 * 2880
+    assert moment(FULL, WORK, "the optimizer's step").copies == 0
+
+
+def test_paged_states_are_not_on_the_gpu():
+    paged = estimate(LORA, SIZES, BATCH, replace(WORK, optimizer=Optimizer("paged_adamw_32bit")))
+
+    assert (paged.optimizer, paged.off_gpu) == (0, 2048)
+
+
+def shared(engine, *, stage=0, processes=4, **settings) -> Work:
+    return replace(WORK, sharing=Sharing(engine, stage, processes, **settings))
+
+
+def test_ddp_holds_all_of_it_and_the_gradients_once_more():
+    alone, ddp = (estimate(FULL, SIZES, BATCH, work) for work in (WORK, shared("ddp")))
+
+    assert ddp.total == alone.total + 4 * 2880
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [
+        (1, 2 * 2880 + 1400, 2 * 2880, 12 * 2880 // 4),
+        (2, 2 * 2880 + 1400, 2 * 2880 // 4, 12 * 2880 // 4),
+        (3, (2 * 2880 + 1400) // 4, 2 * 2880 // 4, 12 * 2880 // 4),
+    ],
+)
+def test_each_stage_of_zero_shares_one_thing_more_out(stage, weights, gradients, optimizer):
+    memory = estimate(FULL, SIZES, BATCH, shared("deepspeed", stage=stage))
+
+    assert sum(memory.weights.values()) == weights
+    assert memory.peak.gradients == gradients
+    assert memory.optimizer == optimizer
+
+
+def test_shared_weights_are_gathered_layer_by_layer():
+    zero3 = shared("deepspeed", stage=3)
+
+    assert moment(FULL, zero3, "the loss, backward").copies == 2 * (640 + 800)  # layer and head
+
+
+def test_engines_that_round_weights_need_no_copies_and_no_wide_hidden_states():
+    for engine in ("deepspeed", "fsdp2"):
+        loss = moment(FULL, shared(engine, stage=1), "the loss")
+
+        assert loss.copies == (2 * (640 + 800) if engine == "fsdp2" else 0)
+        assert loss.activations == 10 * 2 * 2 * 8 + 10 * 4 * 8 + 6 * 2 * 8
+
+
+def test_fsdp2_shares_float32_weights_gradients_and_states_out():
+    memory = estimate(FULL, SIZES, BATCH, shared("fsdp2"))
+
+    assert sum(memory.weights.values()) == (4 * 2880 + 1400) // 4
+    assert memory.optimizer == 8 * 2880 // 4
+    assert memory.peak.gradients == 4 * 2880 // 4
+
+
+def test_what_is_offloaded_lies_on_the_host():
+    work = shared("deepspeed", stage=3, offload_optimizer=True, offload_weights=True)
+    memory = estimate(FULL, SIZES, BATCH, work)
+
+    assert (memory.optimizer, sum(memory.weights.values())) == (0, 0)
+    assert memory.off_gpu == 12 * 2880 // 4
+
+
+@pytest.mark.parametrize("census", [LORA, FULL], ids=["lora", "full"])
+def test_more_of_anything_never_takes_less(census):
+    small = estimate(census, SIZES, BATCH, WORK).total
+    longer = replace(BATCH, row_tokens=1000, learned_tokens=600)
+    for batch in (longer, scaled(BATCH, 100), replace(BATCH, pictures=1000)):
+        assert estimate(census, SIZES, batch, WORK).total > small
+    for work in (
+        replace(WORK, compute=replace(WORK.compute, checkpointing=False)),
+        replace(WORK, optimizer=Optimizer("ademamix")),
+    ):
+        assert estimate(census, SIZES, BATCH, work).total >= small
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_more_processes_never_take_more_of_each(engine):
+    totals = [
+        estimate(FULL, SIZES, BATCH, shared(engine, stage=3, processes=count)).total
+        for count in (1, 2, 4, 8)
+    ]
+
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not():
+    rows = largest_batch(LORA, SIZES, BATCH, WORK, CONTEXT_BYTES + WORKSPACE_BYTES + 100_000)
+
+    def needed(count):
+        return estimate(LORA, SIZES, scaled(BATCH, count), WORK).needed
+
+    assert needed(rows) <= CONTEXT_BYTES + WORKSPACE_BYTES + 100_000 < needed(rows + 1)
+
+
+def test_no_batch_fits_where_the_model_does_not():
+    assert largest_batch(LORA, SIZES, BATCH, WORK, CONTEXT_BYTES) == 0
+
+
+def test_a_batch_grows_with_its_rows():
+    two = BatchSizes(rows=2, row_tokens=10, learned_tokens=7, pictures=3)
+
+    assert scaled(two, 4) == BatchSizes(rows=4, row_tokens=10, learned_tokens=14, pictures=6)
+    assert scaled(two, 1) == BatchSizes(rows=1, row_tokens=10, learned_tokens=4, pictures=2)

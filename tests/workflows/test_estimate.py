@@ -1,0 +1,291 @@
+"""`vltrain estimate`, as the user sees it; and what a run shows and refuses by the same numbers."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import write_conversations, write_qwen_vl
+from transformers import TrainerCallback
+
+import vltrain.workflows.train
+from vltrain.config import Method, Recipe, load_recipe
+from vltrain.data.collation import Collator
+from vltrain.errors import VltrainError
+from vltrain.training.activations import BatchSizes
+from vltrain.training.arguments import training_arguments
+from vltrain.training.engines import NO_ENGINE, Engine
+from vltrain.training.memory import CONTEXT_BYTES, WORKSPACE_BYTES
+from vltrain.training.moments import Sharing
+from vltrain.training.profiling import measure
+from vltrain.training.trainer import Trainer
+from vltrain.workflows.estimate import (
+    draft,
+    epoch_steps,
+    estimate_run,
+    probe_epoch,
+    probe_recipe,
+    random_model,
+    run_memory,
+)
+from vltrain.workflows.memory import largest_batch_of, packed_batch, padded_batch, sharing_of
+from vltrain.workflows.run_data import read_data
+from vltrain.workflows.train import prepare_model, read_base, train
+
+NO_CONSOLE = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen_vl(tmp_path_factory.mktemp("estimate") / "base")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base without weights."""
+    folder = write_qwen_vl(tmp_path_factory.mktemp("bare") / "base")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data"))
+
+
+def a_recipe(base: Path, data: Path, out: Path, *settings: str, method: Method = "lora") -> Recipe:
+    quick = ("trainer.max_steps=1", "trainer.report_to=none", "trainer.save_strategy=no")
+    return load_recipe(
+        None,
+        method=method,
+        model=str(base),
+        data=[data],
+        output=out,
+        overrides=[*quick, *settings],
+    )
+
+
+def test_neither_weights_nor_data_are_needed(bare: Path, capsys):
+    estimate_run(None, model=str(bare), memory_gib=8)
+
+    out = capsys.readouterr().out
+    assert f"lora · {bare} · Qwen-VL v1" in out.replace("\n", "")
+    for part in ("weights: decoder layers", "weights: adapter", "optimizer", "gradients"):
+        assert part in out
+    assert "with 1 x 2,048 tokens (2,042 learned) and 1 picture" in out
+    assert "the GPU has 8.0: a batch of up to" in out
+    assert "time: it is measured, on a GPU, and there is none here" in out
+
+
+def test_the_figures_of_the_json_add_up(bare: Path, capsys):
+    estimate_run(None, model=str(bare), memory_gib=1, as_json=True)
+
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["parts"].values()) == found["allocated_bytes"]
+    assert found["needed_bytes"] == found["allocated_bytes"] + CONTEXT_BYTES
+    assert found["batch"] == {
+        "rows": 1,
+        "row_tokens": 2048,
+        "learned_tokens": 2042,
+        "pictures": 1,
+    }
+    assert (found["method"], found["dtype"], found["gpu_bytes"]) == ("lora", "bf16", 2**30)
+    assert found["fits"] is True
+    assert found["seconds_per_epoch"] is None
+
+
+def test_the_batch_is_the_largest_that_the_data_has(bare: Path, data: Path, capsys):
+    estimate_run(
+        None,
+        model=str(bare),
+        data=[data],
+        overrides=["trainer.per_device_train_batch_size=3"],
+        as_json=True,
+    )
+
+    batch = json.loads(capsys.readouterr().out)["batch"]
+    assert (batch["rows"], batch["pictures"]) == (3, 6)  # one record has two pictures
+    assert batch["row_tokens"] < 2048
+
+
+def test_the_recipes_method_holds_and_needs_no_output(tmp_path: Path, bare: Path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"method: full\nmodel: {bare}\n")
+
+    estimate_run(file, as_json=True)
+
+    assert json.loads(capsys.readouterr().out)["method"] == "full"
+    with pytest.raises(VltrainError, match="the recipe is for `vltrain full`"):
+        estimate_run(file, method="lora")
+
+
+def test_a_recipe_without_a_model_is_refused():
+    with pytest.raises(VltrainError, match="no `model`"):
+        estimate_run(None)
+
+
+def test_pictures_that_leave_no_room_are_refused(bare: Path):
+    with pytest.raises(VltrainError, match="400 take 2400 tokens, and a sample has 2048"):
+        estimate_run(None, model=str(bare), pictures=400)
+
+
+def test_a_draft_keeps_what_is_given(data: Path, tmp_path: Path):
+    recipe = draft(
+        None,
+        method="full",
+        model="m",
+        data=[data],
+        overrides=[f"output={tmp_path}", "data.max_length=7"],
+    )
+
+    assert (recipe.method, recipe.data.files, recipe.output) == ("full", (data,), tmp_path)
+    assert recipe.data.max_length == 7
+
+
+def test_several_gpus_share_the_model_as_the_recipe_says(bare: Path, capsys):
+    found = {}
+    for engine in ("ddp", "fsdp2"):
+        settings = [f"engine={engine}"]
+        estimate_run(None, method="full", model=str(bare), overrides=settings, gpus=4, memory_gib=8)
+        found[engine] = capsys.readouterr().out
+
+    assert "on each of 4 GPUs, under ddp: the recipe asks for it" in found["ddp"]
+    assert "on each of 4 GPUs, under fsdp2" in found["fsdp2"]
+
+
+def test_the_choice_of_an_engine_needs_the_gpus_size(bare: Path):
+    with pytest.raises(VltrainError, match="--memory-gib 80"):
+        estimate_run(None, model=str(bare), gpus=8)
+
+
+def test_deepspeeds_settings_say_what_is_offloaded():
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
+    engine = Engine("deepspeed", "", config={"zero_optimization": zero})
+
+    assert sharing_of(engine, 4) == Sharing("deepspeed", 2, 4, True, False, 1000)
+    assert sharing_of(NO_ENGINE, 1) == Sharing()
+
+
+def test_padded_rows_are_as_long_as_the_longest_sample():
+    batch = padded_batch([10, 30, 20], [5, 1, 7], [0, 1, 2], 4)
+
+    assert batch == BatchSizes(rows=4, row_tokens=30, learned_tokens=28, pictures=8)
+
+
+def test_packed_rows_have_the_pictures_of_all_their_samples():
+    batch = packed_batch([(0, 2), (1,)], [5, 9, 7], [1, 1, 2], row_tokens=40, rows=2)
+
+    assert batch == BatchSizes(rows=2, row_tokens=40, learned_tokens=24, pictures=6)
+
+
+class Held(TrainerCallback):
+    """Bytes of weights, gradients and optimizer's states, before gradients are dropped."""
+
+    def on_optimizer_step(self, *_, model: torch.nn.Module, optimizer, **__) -> None:
+        parameters = list(model.parameters())
+        self.weights = sum(p.numel() * p.element_size() for p in parameters)
+        self.gradients = sum(
+            p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None
+        )
+        states = [v for state in optimizer.state.values() for v in state.values()]
+        self.states = sum(v.numel() * v.element_size() for v in states if v.numel() > 1)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("full", ()), ("lora", ("lora.r=4",)), ("lora", ("lora.r=4", "lora.embeddings=true"))],
+    ids=["full", "lora", "lora and embeddings"],
+)
+def test_weights_gradients_and_states_are_those_that_torch_allocates(
+    base: Path, data: Path, tmp_path: Path, method: Method, settings: tuple[str, ...], dtype: str
+):
+    recipe = a_recipe(base, data, tmp_path, f"dtype={dtype}", *settings, method=method)
+    arguments, read = training_arguments(recipe), read_base(recipe.model)
+    halves = read_data(NO_CONSOLE, recipe.data, read.processor, seed=0)
+    batch = largest_batch_of(halves.train, halves.rows, arguments)
+    memory = run_memory(recipe, read, arguments, batch).estimate
+    held = Held()
+    Trainer(
+        model=prepare_model(recipe, read, seed=0),
+        args=arguments,
+        train_dataset=halves.train,
+        data_collator=Collator(read.processor.pad_id),
+        callbacks=[held],
+    ).train()
+
+    assert held.weights == sum(memory.weights.values())
+    assert held.gradients == memory.moments[-1].gradients
+    assert held.states == memory.optimizer
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_weights_are_read(
+    bare: Path, data: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(vltrain.workflows.train, "gpu_memory", lambda: WORKSPACE_BYTES)
+    console = Console(file=io.StringIO(), width=300)
+    settings = ("trainer.gradient_checkpointing=false", "trainer.per_device_train_batch_size=2")
+
+    with pytest.raises(VltrainError) as error:
+        train(a_recipe(bare, data, tmp_path / "run", *settings), console)
+
+    assert "not even a batch of 1 fits" in console.file.getvalue()
+    message = str(error.value)
+    assert message.startswith("memory: the run needs about 0.7 GiB of GPU memory, and the GPU")
+    fixes = ("gradient_checkpointing: true", "batch_size: 1", "adamw_8bit", "memory_check: false")
+    places = [message.index(fix) for fix in fixes]
+    assert places == sorted(places)
+
+
+def test_a_run_that_may_fit_shows_its_memory_and_goes_on(
+    base: Path, data: Path, tmp_path: Path, monkeypatch
+):
+    for size, settings in ((2**34, ()), (WORKSPACE_BYTES, ("memory_check=false",))):
+        monkeypatch.setattr(vltrain.workflows.train, "gpu_memory", lambda size=size: size)
+        console = Console(file=io.StringIO(), width=300)
+
+        train(a_recipe(base, data, tmp_path / str(size), *settings), console)
+
+        shown = console.file.getvalue()
+        assert shown.index("GPU memory, estimated") < shown.index("learned") < shown.index("done")
+
+
+def test_without_a_gpu_a_run_shows_no_memory(base: Path, data: Path, tmp_path: Path):
+    console = Console(file=io.StringIO(), width=300)
+
+    train(a_recipe(base, data, tmp_path / "run"), console)
+
+    assert "GPU memory" not in console.file.getvalue()
+
+
+def test_steps_are_measured_and_leave_nothing_behind(base: Path, data: Path, tmp_path: Path):
+    recipe = a_recipe(base, data, tmp_path / "run", "dtype=fp32", "data.max_length=300")
+    recipe = replace(recipe, trainer=recipe.trainer | {"num_train_epochs": 9})
+    read = read_base(recipe.model)
+    halves = read_data(NO_CONSOLE, recipe.data, read.processor, seed=0)
+
+    epoch = probe_epoch(recipe, read, halves)
+
+    assert epoch.steps == epoch_steps(recipe, halves) == 1  # 4 samples, 8 to a step
+    assert epoch.seconds == epoch.seconds_per_step > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_steps_are_timed_as_are_run(base: Path, data: Path, tmp_path: Path):
+    recipe = probe_recipe(a_recipe(base, data, tmp_path, "dtype=fp32"), tmp_path / "out")
+    read = read_base(recipe.model)
+    halves = read_data(NO_CONSOLE, recipe.data, read.processor, seed=0)
+
+    measured = measure(
+        random_model(recipe, read, seed=0),
+        training_arguments(recipe),
+        halves.train,
+        Collator(read.processor.pad_id),
+    )
+
+    assert len(measured.seconds) == 4
+    assert measured.peak_bytes is None
+    assert measured.seconds_per_step(1) == sorted(measured.seconds[1:])[1]

@@ -1,0 +1,201 @@
+"""Bytes that one micro-batch takes on its way through a model, and until it is back.
+
+Each formula counts the tensors that autograd keeps for the way back, or that live at the same
+moment, of the operations as the models do them. Letters: `D` width of the hidden states, `A` of
+all heads together, `M` of the MLP, `V` vocabulary, `T` tokens of the batch, `c` bytes of what is
+computed (2 under autocast, else 4), `e` bytes of the hidden states between layers: those of the
+embedding matrix, which autocast leaves alone.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vltrain.models.sizes import AdapterSizes, Census, ModelSizes, TowerSizes
+
+FLOAT = 4  # bytes of a float32
+
+Attention = Literal["sdpa", "packed", "eager"]
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What one process takes through the model at a time."""
+
+    rows: int
+    row_tokens: int  # with padding, image tokens included
+    learned_tokens: int  # of the whole batch
+    pictures: int  # of the whole batch
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.row_tokens
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is computed with."""
+
+    bytes: int  # of a computed value: 2 under autocast in half precision, else 4
+    attention: Attention = "sdpa"
+    checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """One layer of the decoder, on the way back."""
+
+    kept: int  # by a forward whose way back is to come
+    working: int  # gradients and temporaries at the layer's worst moment
+
+
+def residual_bytes(census: Census) -> int:
+    """Bytes of one number of the hidden states: embeddings that learn are float32."""
+    reading = census.at("embeddings")
+    if reading.learned:
+        return reading.learned_bytes // reading.learned
+    return reading.total_bytes // max(1, reading.total)
+
+
+def decoder_layer(
+    sizes: ModelSizes, census: Census, batch: BatchSizes, compute: Compute
+) -> LayerBytes:
+    """A layer's activations where it is not recomputed, or while it is.
+
+    Kept for each token:
+
+    - two norms: the hidden states in float32 (4D each) and the root's inverse; where the norm
+      learns, what it scales too;
+    - attention: rotated queries and keys (2cA), the projection whose view the values are (3cA),
+      the output (cA), a float32 for each head; packed rows copy the values alone (cA);
+    - the MLP: both halves and the gated one (3cM);
+    - where linear layers learn: what each reads (2cD and cM; the attention's output is there, and
+      autocast narrows what both halves of the MLP read once for each);
+    - each adapter: what it reads after dropout (c), dropout's mask (1), and its bottleneck (c).
+
+    On the way back, while the MLP's halves get theirs, there are three gradients as wide as the
+    MLP, and around the residual connection the input's and the norm's in float32.
+    """
+    d, c = sizes.decoder, compute.bytes
+    learns = census.at("layers").learned > 0
+    values = 1 if compute.attention == "packed" else 3
+    token = 2 * FLOAT * (d.width + 1) + (3 + values) * c * d.attention_width + FLOAT * d.heads
+    token += 3 * c * d.mlp_width
+    if learns:
+        reads = 3 if c < FLOAT else 2
+        token += 2 * FLOAT * d.width + reads * c * d.width + c * d.mlp_width
+    token += _adapters(census.adapters, c) // d.layers
+    pairs = batch.rows * batch.row_tokens**2
+    if compute.attention == "eager":
+        square = pairs * d.heads * (FLOAT + c)
+    else:
+        square = pairs * c if _needs_mask(batch, compute.attention) else 0
+    working = 3 * c * d.mlp_width + 2 * FLOAT * d.width + residual_bytes(census) * d.width
+    if census.adapters.inputs:  # peft widens what an adapter reads
+        working += 2 * FLOAT * d.width
+    return LayerBytes(batch.tokens * token + square, batch.tokens * working)
+
+
+def _adapters(adapters: AdapterSizes, c: int) -> int:
+    """Bytes that all adapters keep for a token."""
+    mask = 1 if adapters.dropout else 0
+    return (c + mask) * adapters.inputs + c * adapters.ranks
+
+
+def _needs_mask(batch: BatchSizes, attention: Attention) -> bool:
+    """Whether rows of different lengths stand side by side, so that padding is masked."""
+    return attention == "sdpa" and batch.rows > 1
+
+
+def decoder_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: Compute) -> int:
+    """What the decoder keeps from its forward: a layer's input each, or all of each layer.
+
+    Beside the layers: the last norm's input in float32, and what the head reads.
+    """
+    d = sizes.decoder
+    if compute.checkpointing:
+        layers = d.layers * residual_bytes(census) * d.width * batch.tokens
+    else:
+        layers = d.layers * decoder_layer(sizes, census, batch, compute).kept
+    mask = batch.rows * batch.row_tokens**2 if _needs_mask(batch, compute.attention) else 0
+    end = FLOAT * d.width * batch.tokens + compute.bytes * d.width * batch.learned_tokens
+    return layers + mask + end
+
+
+def logits_forward(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
+    """The loss at its widest on the way there.
+
+    A loss in blocks holds the logits of learned tokens (c) and, of one block, the float32 logits
+    and the two steps of a log-sum-exp. A loss of one piece holds the logits of all tokens (c),
+    them in float32, and their log-softmax.
+    """
+    d, c = sizes.decoder, compute.bytes
+    if sizes.loss_rows is None:
+        wide = FLOAT if c < FLOAT else 0
+        return batch.tokens * d.vocabulary * (c + wide + FLOAT)
+    block = min(sizes.loss_rows, batch.learned_tokens)
+    return d.vocabulary * (batch.learned_tokens * c + block * 3 * FLOAT)
+
+
+def logits_backward(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
+    """The loss at its widest on the way back.
+
+    In blocks the gradient takes the logits' place (c) and one block is widened, subtracted from
+    and, until it is replaced, there from the block before. In one piece there are the
+    log-softmax, its gradient and that of the logits, in float32.
+    """
+    d = sizes.decoder
+    if sizes.loss_rows is None:
+        return batch.tokens * d.vocabulary * 3 * FLOAT
+    block = min(sizes.loss_rows, batch.learned_tokens)
+    return d.vocabulary * (batch.learned_tokens * compute.bytes + block * 3 * FLOAT)
+
+
+def logits_gradient(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
+    """The gradient that the head's backward reads, and the one of what the head has read."""
+    places = batch.tokens if sizes.loss_rows is None else batch.learned_tokens
+    return places * compute.bytes * (sizes.decoder.vocabulary + sizes.decoder.width)
+
+
+def vision_layer(tower: TowerSizes, compute: Compute) -> int:
+    """What one layer of the tower keeps of a picture where the tower learns.
+
+    For each patch: two layer norms' inputs in float32 (autocast widens them) with mean and
+    deviation, what the four linear layers read, queries, keys and values, a float32 for each head,
+    and the input and output of the GELU.
+    """
+    c = compute.bytes
+    patch = 2 * FLOAT * (tower.width + 2) + 6 * c * tower.width + FLOAT * tower.heads
+    patch += 2 * c * tower.mlp_width
+    return tower.patches * patch
+
+
+def vision_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: Compute) -> int:
+    """What tower and projector keep until the way back reaches them; nothing where both rest.
+
+    A projector that learns keeps, for each patch, the patch itself, the layer norm's input in
+    float32, what keys and values are made of, and keys and values; for each image token the query
+    before and after its projection, and what the output's projection and norm read.
+    """
+    tower, width, c = sizes.tower, sizes.decoder.width, compute.bytes
+    kept = 0
+    if census.at("vision").learned:
+        layer = FLOAT * tower.width * tower.patches
+        layer = layer if compute.checkpointing else vision_layer(tower, compute)
+        kept += tower.layers * layer
+    if kept or census.at("projector").learned:
+        kept += tower.patches * (c * tower.width + (FLOAT + 4 * c) * width)
+        kept += tower.image_tokens * (FLOAT + 3 * c) * width
+    return batch.pictures * kept
+
+
+def vision_passing(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
+    """The tower's or the projector's widest moment in a forward that keeps nothing.
+
+    A layer's MLP holds the patches, their norm in float32 and as computed with, and the hidden
+    layer before and after its GELU; the projector holds the patches in the decoder's width: as
+    they come, two norms of them in float32, what keys and values are made of, and both.
+    """
+    tower, c = sizes.tower, compute.bytes
+    mlp = (2 * c + FLOAT) * tower.width + 2 * c * tower.mlp_width
+    projector = c * tower.width + (5 * c + 2 * FLOAT) * sizes.decoder.width
+    return batch.pictures * tower.patches * max(mlp, projector)

@@ -1,0 +1,242 @@
+"""The moments of a training step at which memory can be at its highest. Bytes of one process."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from vltrain.models.sizes import Census, ModelSizes, Place
+from vltrain.training.activations import (
+    FLOAT,
+    BatchSizes,
+    Compute,
+    decoder_kept,
+    decoder_layer,
+    logits_backward,
+    logits_forward,
+    logits_gradient,
+    residual_bytes,
+    vision_kept,
+    vision_layer,
+    vision_passing,
+)
+from vltrain.training.optimizer_bytes import Optimizer
+
+EngineName = Literal["none", "ddp", "deepspeed", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How processes share a model out."""
+
+    engine: EngineName = "none"
+    zero_stage: int = 0  # of DeepSpeed
+    processes: int = 1
+    offload_optimizer: bool = False  # to host memory
+    offload_weights: bool = False
+    bucket: int = 0  # numbers that DeepSpeed gathers before it reduces them
+
+    def share(self, stage: int) -> int:
+        """By how much that is divided which ZeRO shares out from `stage` on (arXiv:1910.02054)."""
+        shared = self.engine == "fsdp2" or (self.engine == "deepspeed" and self.zero_stage >= stage)
+        return self.processes if shared else 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """All about a run that its memory depends on, beside model and batch."""
+
+    compute: Compute
+    optimizer: Optimizer
+    accumulates: bool = True  # several micro-batches make a step: gradients are there from before
+    sharing: Sharing = Sharing()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What comes and goes, at one moment of a step. Bytes."""
+
+    name: str
+    gradients: int
+    activations: int = 0
+    logits: int = 0
+    vision: int = 0
+    copies: int = 0  # of weights in half precision or gathered, of gradients before they are added
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.logits + self.vision + self.copies
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of training, taken apart."""
+
+    held: Census  # weights and gradients as they lie in memory
+    computed: Census  # weights as they are computed with
+    sizes: ModelSizes
+    batch: BatchSizes
+    work: Work
+
+    def moments(self) -> tuple[Moment, ...]:
+        """The moments in their order."""
+        return (
+            self._seeing(),
+            self._loss(),
+            self._loss_backward(),
+            self._head_backward(),
+            *self._layers_backward(),
+            self._embeddings_backward(),
+            self._vision_backward(),
+            self._optimizer(),
+        )
+
+    @cached_property
+    def _gradients(self) -> int:
+        """Of all that learns."""
+        return self._gradients_at(*self.held.places)
+
+    @cached_property
+    def _gradients_before(self) -> int:
+        """What earlier micro-batches of the step have left."""
+        return self._gradients if self.work.accumulates else 0
+
+    def _gradients_at(self, *places: Place) -> int:
+        whole = sum(self.held.at(place).learned_bytes for place in places)
+        return whole // self.work.sharing.share(2)
+
+    @cached_property
+    def _kept(self) -> int:
+        """Activations of the decoder, from the end of the forward on."""
+        return decoder_kept(self.sizes, self.computed, self.batch, self.work.compute)
+
+    @cached_property
+    def _seen(self) -> int:
+        """Activations of tower and projector, until the way back reaches them."""
+        return vision_kept(self.sizes, self.computed, self.batch, self.work.compute)
+
+    @cached_property
+    def _gathered(self) -> int:
+        """Shared-out weights that a process holds whole: those of a layer, and the next or head."""
+        if self.work.sharing.share(3) == 1:
+            return 0
+        layer = self.computed.at("layers").total // self.sizes.decoder.layers
+        head = self.sizes.decoder.vocabulary * self.sizes.decoder.width
+        return self.work.compute.bytes * (layer + max(layer, head))
+
+    def _copies(self, *places: Place) -> int:
+        """What autocast makes of the learned float32 matrices in places, once a forward."""
+        width, copies = self.work.compute.bytes, 0
+        for there in map(self.computed.at, places):
+            if there.learned_bytes > there.learned * width:
+                copies += there.learned_matrices * width
+        return copies
+
+    @cached_property
+    def _kept_copies(self) -> int:
+        """Those copies that are there until the way back has used them.
+
+        The head's; the others' too where layers are not recomputed, which makes copies anew.
+        """
+        if self.work.compute.checkpointing:
+            return self._copies("head")
+        return self._copies("head", "layers", "adapter", "vision")
+
+    def _seeing(self) -> Moment:
+        width = self.sizes.decoder.width * residual_bytes(self.computed)
+        return Moment(
+            "the vision tower's forward",
+            self._gradients_before,
+            activations=self.batch.tokens * width,
+            vision=self._seen + vision_passing(self.sizes, self.batch, self.work.compute),
+            copies=self._copies("vision") + self._gathered,
+        )
+
+    def _loss(self) -> Moment:
+        """The end of the forward; embeddings are looked up as they are, without a copy."""
+        places = [place for place in self.computed.places if place != "embeddings"]
+        return Moment(
+            "the loss",
+            self._gradients_before,
+            activations=self._kept,
+            logits=logits_forward(self.sizes, self.batch, self.work.compute),
+            vision=self._seen,
+            copies=self._copies(*places) + self._gathered,
+        )
+
+    def _loss_backward(self) -> Moment:
+        return Moment(
+            "the loss, backward",
+            self._gradients_before,
+            activations=self._kept,
+            logits=logits_backward(self.sizes, self.batch, self.work.compute),
+            vision=self._seen,
+            copies=self._kept_copies + self._gathered,
+        )
+
+    def _head_backward(self) -> Moment:
+        """The head's own gradient comes as it is computed, and then in float32."""
+        head, width = self.computed.at("head"), self.work.compute.bytes
+        own = head.learned * width
+        if head.learned_bytes > own:
+            own += head.learned_bytes
+        return Moment(
+            "the head, backward",
+            self._gradients_before,
+            activations=self._kept,
+            logits=logits_gradient(self.sizes, self.batch, self.work.compute),
+            vision=self._seen,
+            copies=own + self._kept_copies + self._gathered,
+        )
+
+    def _layers_backward(self) -> tuple[Moment, Moment]:
+        """The decoder's last layer, when all activations are there; its first, with all gradients.
+
+        Beside a layer's copies there is the gradient of its largest matrix, as it is computed and
+        in float32.
+        """
+        d, compute = self.sizes.decoder, self.work.compute
+        layer = decoder_layer(self.sizes, self.computed, self.batch, compute)
+        here = layer.working + (layer.kept if compute.checkpointing else 0)
+        learns = self.computed.at("layers").learned > 0
+        largest = d.width * max(3 * d.attention_width, d.mlp_width) if learns else 0
+        rest = largest * (compute.bytes + FLOAT) + self._gathered
+        all_layers = self._copies("layers", "adapter")
+        one_layer = all_layers // d.layers
+        last = rest + (one_layer if compute.checkpointing else all_layers)
+        to_come = self._gradients_at("embeddings", "vision", "projector")
+        to_come += self._gradients_at("layers", "adapter") // d.layers
+        return (
+            Moment(
+                "the last layer, backward",
+                max(self._gradients_before, self._gradients_at("head")),
+                activations=self._kept + here,
+                vision=self._seen,
+                copies=last,
+            ),
+            Moment(
+                "the first layer, backward",
+                max(self._gradients_before, self._gradients - to_come),
+                activations=self._kept // d.layers + here,
+                vision=self._seen,
+                copies=rest + one_layer,
+            ),
+        )
+
+    def _embeddings_backward(self) -> Moment:
+        """The embedding matrix' gradient is dense, and there beside the one it is added to."""
+        own = self.computed.at("embeddings").learned_bytes
+        copies = own + self._gathered
+        return Moment("the embeddings, backward", self._gradients, vision=self._seen, copies=copies)
+
+    def _vision_backward(self) -> Moment:
+        """Tower and projector, where they learn; a layer of the tower is recomputed, then left."""
+        vision, copies = self._seen, self._copies("projector")
+        if self.computed.at("vision").learned:
+            layer = vision_layer(self.sizes.tower, self.work.compute)
+            vision += self.batch.pictures * layer * (2 if self.work.compute.checkpointing else 1)
+            copies += self._copies("vision") // self.sizes.tower.layers
+        return Moment("the vision tower, backward", self._gradients, vision=vision, copies=copies)
+
+    def _optimizer(self) -> Moment:
+        temporaries = self.work.optimizer.temporaries(self.held) // self.work.sharing.share(1)
+        return Moment("the optimizer's step", self._gradients, copies=temporaries)

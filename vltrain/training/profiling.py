@@ -1,0 +1,88 @@
+"""Measured seconds and bytes of a few real training steps."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+
+from vltrain.data.mixing import Mix
+from vltrain.training.trainer import Trainer
+
+
+class StepClock(TrainerCallback):
+    """Wall-clock seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        _synchronize()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        _synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What steps of training took."""
+
+    seconds: tuple[float, ...]  # of each optimizer step
+    peak_bytes: int | None  # that torch had allocated at most; None without a GPU
+    reserved_bytes: int | None  # that its allocator held of the GPU at most
+    context_bytes: int | None  # that the GPU has used beside the allocator's, in the end
+
+    def seconds_per_step(self, warmup: int) -> float:
+        """The median, without the first `warmup` steps."""
+        return statistics.median(self.seconds[warmup:])
+
+
+def measure(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    dataset: Dataset,
+    collator: Callable[..., dict[str, Any]],
+    mix: Mix | None = None,
+) -> Measured:
+    """Train as `arguments` say, and return what it took.
+
+    The peak counts from here on, so what making the model took besides does not show.
+
+    Args:
+        arguments: with as many `max_steps` as are to be measured, and nothing to be saved.
+        mix: what an epoch shows of `dataset`; None: each sample once.
+    """
+    clock = StepClock()
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        mix=mix,
+        callbacks=[clock],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not torch.cuda.is_available():
+        trainer.train()
+        return Measured(tuple(clock.seconds), None, None, None)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    free, whole = torch.cuda.mem_get_info()
+    return Measured(
+        tuple(clock.seconds),
+        torch.cuda.max_memory_allocated(),
+        torch.cuda.max_memory_reserved(),
+        whole - free - torch.cuda.memory_reserved(),
+    )

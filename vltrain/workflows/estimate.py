@@ -1,0 +1,286 @@
+"""Memory and time of a run before it is started: `vltrain estimate`."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import TrainingArguments
+
+from vltrain.config import Method, Recipe, load_recipe
+from vltrain.data.collation import Collator, collate_rows
+from vltrain.errors import VltrainError
+from vltrain.models.attention import attend_packed
+from vltrain.models.loading import DTYPES, dtype_for_machine
+from vltrain.recipe_yaml import read_yaml
+from vltrain.training.activations import BatchSizes
+from vltrain.training.arguments import step_count, training_arguments
+from vltrain.training.engines import Machine, choose_engine
+from vltrain.training.memory import GIB
+from vltrain.training.profiling import measure
+from vltrain.workflows.memory import (
+    RunMemory,
+    assumed_batch,
+    gpu_memory,
+    largest_batch_of,
+    load_of,
+    parts,
+    refuse_what_cannot_fit,
+    show_memory,
+    work_of,
+)
+from vltrain.workflows.quiet import hide_weight_bars
+from vltrain.workflows.run_data import Halves, read_data
+from vltrain.workflows.train import (
+    Base,
+    count_run,
+    let_learn,
+    read_base,
+)
+
+NOT_GIVEN = Path("not given")  # stands for the output, and for data that an estimate does without
+WARMUP_STEPS, MEASURED_STEPS = 1, 3
+
+
+@dataclass(frozen=True)
+class EpochTime:
+    """How long an epoch takes, by the steps that were measured."""
+
+    seconds_per_step: float
+    steps: int  # of an epoch
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_per_step * self.steps
+
+
+def estimate_run(
+    recipe_file: Path | None,
+    *,
+    method: Method | None = None,
+    model: str | None = None,
+    data: Sequence[Path] = (),
+    overrides: Sequence[str] = (),
+    pictures: int = 1,
+    memory_gib: float | None = None,
+    gpus: int = 1,
+    probe: bool = True,
+    as_json: bool = False,
+) -> None:
+    """Print the memory that a run will take on its GPU, the batch that fits, and an epoch's time.
+
+    The base's `config.json` and tokenizer are read; none of its weights is.
+
+    Args:
+        recipe_file, method, model, data, overrides: as for a run; the output may be missing, and
+            the data: samples are then assumed to be as long as `data.max_length` allows.
+        pictures: in each sample, where no data is given.
+        memory_gib: of the GPU that the run is for; None: the one that is there.
+        gpus: of the run; the memory is that of each.
+        probe: measure some steps where a GPU is there, on random weights.
+        as_json: print one JSON object instead of text.
+
+    Raises:
+        VltrainError: what would also stop the run before the model is loaded, except for memory.
+    """
+    hide_weight_bars()
+    console = Console(stderr=as_json)
+    recipe = draft(recipe_file, method=method, model=model, data=data, overrides=overrides)
+    recipe = replace(recipe, dtype=intended_dtype(recipe.dtype))
+    arguments = training_arguments(recipe)
+    base = read_base(recipe.model)
+    halves = None
+    if recipe.data.files == (NOT_GIVEN,):
+        sizes = base.family.read_sizes(base.config)
+        rows = arguments.per_device_train_batch_size
+        batch = assumed_batch(recipe, sizes, pictures, rows)
+    else:
+        halves = read_data(console, recipe.data, base.processor, seed=arguments.seed)
+        batch = largest_batch_of(halves.train, halves.rows, arguments)
+    gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
+    run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
+    epoch = None
+    if probe and halves is not None and gpus == 1 and torch.cuda.is_available():
+        refuse_what_cannot_fit(run, gpu_memory() or 0)
+        epoch = probe_epoch(recipe, base, halves)
+    if as_json:
+        print(json.dumps(as_object(recipe, run, gpu_bytes, epoch)))
+        return
+    console.print(Text(f"{recipe.method} · {base.source.name} · {base.family.name}", "bold"))
+    show_memory(console, run, gpu_bytes)
+    console.print(_time_line(epoch, halves, gpus), soft_wrap=True)
+
+
+def draft(
+    recipe_file: Path | None,
+    *,
+    method: Method | None,
+    model: str | None,
+    data: Sequence[Path],
+    overrides: Sequence[str],
+) -> Recipe:
+    """A recipe whose method is the file's where no other is asked for, else lora.
+
+    Output and data may be missing: `NOT_GIVEN` stands for them.
+
+    Raises:
+        VltrainError: as `load_recipe`.
+    """
+    values = read_yaml(recipe_file) if recipe_file else {}
+    given = {override.partition("=")[0].strip() for override in overrides}
+    in_file = values.get("data")
+    has_data = isinstance(in_file, dict) and in_file.get("files")
+    if not data and not has_data and not given & {"data", "data.files"}:
+        data = (NOT_GIVEN,)
+    return load_recipe(
+        recipe_file,
+        method=method or values.get("method") or "lora",
+        model=model,
+        data=data,
+        output=None if "output" in given or values.get("output") else NOT_GIVEN,
+        overrides=overrides,
+    )
+
+
+def run_memory(
+    recipe: Recipe,
+    base: Base,
+    arguments: TrainingArguments,
+    batch: BatchSizes,
+    *,
+    gpus: int = 1,
+    gpu_bytes: int | None = None,
+) -> RunMemory:
+    """A run on some GPUs as far as memory goes; its model is counted and not loaded.
+
+    Raises:
+        VltrainError: the recipe's engine cannot run there, or the choice of one needs the size
+            of the GPUs.
+    """
+    if gpus > 1 and gpu_bytes is None:
+        raise VltrainError.at(
+            "--gpus",
+            what="what shares the model out depends on the GPUs' memory, and there is none here",
+            fix="give it as well: --memory-gib 80",
+        )
+    census = count_run(recipe, base)
+    engine = choose_engine(
+        recipe.engine,
+        recipe.deepspeed,
+        Machine(gpus, grouped=True, gpu_bytes=gpu_bytes),
+        lambda: load_of(census, recipe),
+        base.family.layers,
+    )
+    sizes = base.family.read_sizes(base.config)
+    return RunMemory(census, sizes, batch, work_of(recipe, arguments, engine, gpus), engine)
+
+
+def intended_dtype(dtype: str) -> Any:
+    """The dtype of a run on a GPU: `auto` is bf16 there, whatever this machine has.
+
+    Half precision is the same to memory either way, and fp16 cannot be asked for without a GPU.
+    """
+    return "fp32" if dtype == "fp32" else "bf16"
+
+
+def probe_epoch(recipe: Recipe, base: Base, halves: Halves) -> EpochTime:
+    """Train some steps of the recipe on the GPU, on random weights of the base's shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(probe_recipe(recipe, Path(folder)))
+        model = random_model(recipe, base, seed=arguments.seed)
+        measured = measure(
+            model,
+            arguments,
+            halves.train if halves.rows is None else halves.rows,
+            Collator(base.processor.pad_id) if halves.rows is None else collate_rows,
+            halves.mix,
+        )
+    return EpochTime(measured.seconds_per_step(WARMUP_STEPS), epoch_steps(recipe, halves))
+
+
+def probe_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of a few steps that leave nothing behind."""
+    quiet = {
+        "max_steps": WARMUP_STEPS + MEASURED_STEPS,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "logging_strategy": "no",
+        "report_to": "none",
+    }
+    return replace(recipe, output=folder, trainer=recipe.trainer | quiet)
+
+
+def random_model(recipe: Recipe, base: Base, *, seed: int) -> Any:
+    """The base with random weights, made on the GPU where there is one, ready to learn."""
+    torch.manual_seed(seed)
+    torch.set_default_dtype(DTYPES[dtype_for_machine(recipe.dtype)])
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = base.family.model_class(base.config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.config.use_cache = False
+    if recipe.data.packing:
+        attend_packed(model)
+    return let_learn(model, recipe, base, seed=seed)
+
+
+def epoch_steps(recipe: Recipe, halves: Halves) -> int:
+    """Optimizer steps of one epoch."""
+    one = {"max_steps": -1, "num_train_epochs": 1}
+    arguments = training_arguments(replace(recipe, trainer=recipe.trainer | one))
+    return step_count(arguments, halves.epoch_units[0])
+
+
+def as_object(
+    recipe: Recipe, run: RunMemory, gpu_bytes: int | None, epoch: EpochTime | None
+) -> dict[str, Any]:
+    """The estimate as `--json` prints it; sizes in bytes, times in seconds."""
+    memory = run.estimate
+    return {
+        "method": recipe.method,
+        "model": recipe.model,
+        "dtype": recipe.dtype,
+        "batch": asdict(run.batch),
+        "parts": dict(parts(memory)),
+        "peak_in": memory.peak.name,
+        "allocated_bytes": memory.total,
+        "needed_bytes": memory.needed,
+        "host_bytes": memory.off_gpu,
+        "gpu_bytes": gpu_bytes,
+        "fits": None if gpu_bytes is None else memory.needed <= gpu_bytes,
+        "largest_batch": None if gpu_bytes is None else run.largest_batch(gpu_bytes),
+        "seconds_per_step": None if epoch is None else epoch.seconds_per_step,
+        "steps_per_epoch": None if epoch is None else epoch.steps,
+        "seconds_per_epoch": None if epoch is None else epoch.seconds,
+    }
+
+
+def _time_line(epoch: EpochTime | None, halves: Halves | None, gpus: int) -> str:
+    """An epoch's time, or what is missing to say it."""
+    if epoch is not None:
+        return (
+            f"an epoch takes about {_duration(epoch.seconds)}: {epoch.steps:,} steps of "
+            f"{epoch.seconds_per_step:.2f} s, the median of {MEASURED_STEPS} that were measured"
+        )
+    if not torch.cuda.is_available():
+        return "time: it is measured, on a GPU, and there is none here"
+    if halves is None:
+        return "time: it is measured, on the data, and none is given"
+    if gpus > 1:
+        return "time: it is measured on one GPU, and these are several"
+    return "time: not measured, as --no-probe asks"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,302 @@
+"""What a run will take of a GPU's memory, shown before it starts; what cannot fit is refused."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainingArguments
+
+from vltrain.config import Recipe
+from vltrain.data.dataset import SampleDataset
+from vltrain.data.packing import PackedDataset
+from vltrain.errors import VltrainError
+from vltrain.models.loading import DTYPES, dtype_for_machine
+from vltrain.models.sizes import Census, ModelSizes, Place
+from vltrain.training.activations import BatchSizes, Compute
+from vltrain.training.engines import NO_ENGINE, Engine, Load
+from vltrain.training.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    Estimate,
+    estimate,
+    largest_batch,
+    scaled,
+)
+from vltrain.training.moments import Sharing, Work
+from vltrain.training.optimizer_bytes import Optimizer
+
+# The estimate may be a tenth too high: only what is over by more than that is refused.
+CERTAIN_SHARE = 0.9
+
+LABELS: dict[Place, str] = {
+    "vision": "vision tower",
+    "projector": "projector",
+    "embeddings": "embeddings",
+    "layers": "decoder layers",
+    "head": "head",
+    "adapter": "adapter",
+}
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """A run as far as memory goes, and the memory it takes."""
+
+    census: Census
+    sizes: ModelSizes
+    batch: BatchSizes
+    work: Work
+    engine: Engine = NO_ENGINE
+
+    @property
+    def estimate(self) -> Estimate:
+        """Bytes of one process on its GPU."""
+        return estimate(self.census, self.sizes, self.batch, self.work)
+
+    def largest_batch(self, gpu_bytes: int) -> int:
+        """Rows like those of the batch that fit a GPU of that size at a time."""
+        return largest_batch(self.census, self.sizes, self.batch, self.work, gpu_bytes)
+
+
+def work_of(recipe: Recipe, arguments: TrainingArguments, engine: Engine, processes: int) -> Work:
+    """What of a recipe decides about memory, beside model and batch.
+
+    Args:
+        processes: that share the model out.
+    """
+    checkpointing = getattr(arguments, "activation_checkpointing", None)
+    if checkpointing is None:  # its name before transformers 5.23
+        checkpointing = arguments.gradient_checkpointing
+    compute = Compute(
+        bytes=DTYPES[dtype_for_machine(recipe.dtype)].itemsize,
+        attention="packed" if recipe.data.packing else "sdpa",
+        checkpointing=checkpointing,
+    )
+    optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
+    accumulates = arguments.gradient_accumulation_steps > 1
+    return Work(compute, optimizer, accumulates, sharing_of(engine, processes))
+
+
+def load_of(census: Census, recipe: Recipe) -> Load:
+    """A run's parameters, as the choice of an engine weighs them."""
+    weights = census.all
+    width = DTYPES[dtype_for_machine(recipe.dtype)].itemsize
+    return Load(weights.learned, weights.total - weights.learned, width)
+
+
+def sharing_of(engine: Engine, processes: int) -> Sharing:
+    """How an engine shares a model out; "auto" in DeepSpeed's settings counts as nothing."""
+    zero = (engine.config or {}).get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", 0)
+    return Sharing(
+        engine.name,
+        zero_stage=engine.zero_stage or 0,
+        processes=processes,
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_weights=_offloads(zero, "offload_param"),
+        bucket=bucket if isinstance(bucket, int) else 0,
+    )
+
+
+def _offloads(zero: Mapping[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
+def largest_batch_of(
+    samples: SampleDataset, rows: PackedDataset | None, arguments: TrainingArguments
+) -> BatchSizes:
+    """The largest batch that a process may take of the data at a time.
+
+    Args:
+        rows: the samples, where they are packed.
+    """
+    count = arguments.per_device_train_batch_size
+    if rows is None:
+        return padded_batch(samples.lengths, samples.learned_tokens, samples.image_counts, count)
+    return packed_batch(
+        rows.rows(seed=arguments.seed, epoch=0),
+        samples.learned_tokens,
+        samples.image_counts,
+        row_tokens=rows.row_tokens,
+        rows=count,
+    )
+
+
+def padded_batch(
+    lengths: Sequence[int], learned: Sequence[int], pictures: Sequence[int], rows: int
+) -> BatchSizes:
+    """The largest batch of padded samples: the longest one in each row, with most pictures.
+
+    Args:
+        lengths, learned, pictures: tokens, learned ones and pictures of each sample.
+        rows: samples that a process takes at a time.
+    """
+    return BatchSizes(
+        rows=rows,
+        row_tokens=int(max(lengths)),
+        learned_tokens=rows * int(max(learned)),
+        pictures=rows * int(max(pictures)),
+    )
+
+
+def packed_batch(
+    packed: Sequence[Sequence[int]],
+    learned: Sequence[int],
+    pictures: Sequence[int],
+    *,
+    row_tokens: int,
+    rows: int,
+) -> BatchSizes:
+    """The largest batch of packed rows.
+
+    Args:
+        packed: the numbers of the samples in each row.
+        learned, pictures: tokens and pictures of each sample.
+        row_tokens: of a full row.
+        rows: that a process takes at a time.
+    """
+    return BatchSizes(
+        rows=rows,
+        row_tokens=row_tokens,
+        learned_tokens=rows * max(sum(int(learned[n]) for n in row) for row in packed),
+        pictures=rows * max(sum(int(pictures[n]) for n in row) for row in packed),
+    )
+
+
+def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -> BatchSizes:
+    """A batch as a recipe allows it, where there is no data: rows are full, all text is learned.
+
+    Raises:
+        VltrainError: so many pictures do not fit a sample.
+    """
+    tower = sizes.tower
+    seen = pictures * (tower.image_tokens + tower.marks)
+    room = recipe.data.max_length
+    if seen >= room:
+        raise VltrainError.at(
+            "--pictures",
+            what=f"{pictures} take {seen} tokens, and a sample has {room} (data.max_length)",
+            fix="give fewer pictures, or raise data.max_length",
+        )
+    return BatchSizes(rows, room, rows * (room - seen), rows * pictures)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the GPU that a run would take; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def parts(memory: Estimate) -> Iterator[tuple[str, int]]:
+    """The estimate's parts that are there, at its peak; they add up to its total. Bytes."""
+    for place, label in LABELS.items():
+        if place in memory.weights:
+            yield f"weights: {label}", memory.weights[place]
+    peak = memory.peak
+    yield "gradients", peak.gradients
+    yield "optimizer", memory.optimizer
+    yield "activations: decoder", peak.activations
+    yield "activations: vision", peak.vision
+    yield "logits", peak.logits
+    yield "copies of weights and gradients", peak.copies
+    yield "workspace", memory.workspace
+
+
+def show_memory(console: Console, run: RunMemory, gpu_bytes: int | None) -> None:
+    """Print the estimate by part, its total, and what fits.
+
+    Args:
+        gpu_bytes: of the GPU; None where no size is known.
+    """
+    memory, batch = run.estimate, run.batch
+    table = Table(title="GPU memory, estimated", title_justify="left")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for label, size in parts(memory):
+        if size:
+            table.add_row(label, f"{size / GIB:.2f}")
+    table.add_row("all", f"{memory.total / GIB:.2f}", style="bold")
+    console.print(table)
+    console.print(
+        f"at its highest in {memory.peak.name}, with {batch.rows} x {batch.row_tokens:,} tokens "
+        f"({batch.learned_tokens:,} learned) and {_pictures(batch.pictures)}",
+        soft_wrap=True,
+    )
+    if run.engine.name != "none":
+        console.print(
+            f"on each of {run.work.sharing.processes} GPUs, under {run.engine}: "
+            f"{run.engine.reason}",
+            soft_wrap=True,
+        )
+    if memory.off_gpu:
+        size = memory.off_gpu / GIB
+        console.print(f"optimizer's states that may lie in host memory: {size:.2f} GiB")
+    if not run.work.optimizer.known:
+        name = run.work.optimizer.name
+        console.print(f"trainer.optim {name} is not known here: counted as AdamW is")
+    if gpu_bytes is not None:
+        console.print(_verdict(run, gpu_bytes), soft_wrap=True)
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture" if count == 1 else f"{count} pictures"
+
+
+def _verdict(run: RunMemory, gpu_bytes: int) -> str:
+    """Whether it fits a GPU, and how large a batch does."""
+    memory = run.estimate
+    needs = (
+        f"needs {memory.needed / GIB:.1f} GiB with the driver's {CONTEXT_BYTES / GIB:.1f}, "
+        f"the GPU has {gpu_bytes / GIB:.1f}"
+    )
+    most = run.largest_batch(gpu_bytes)
+    if not most:
+        return f"{needs}: not even a batch of 1 fits"
+    return f"{needs}: a batch of up to {most} fits"
+
+
+def refuse_what_cannot_fit(run: RunMemory, gpu_bytes: int) -> None:
+    """Raise VltrainError where a run needs more than a GPU has, the estimate's error allowed for.
+
+    The fix names what helps, the cheapest change first, each with what it comes to.
+    """
+    memory = run.estimate
+    if memory.needed * CERTAIN_SHARE <= gpu_bytes:
+        return
+    raise VltrainError.at(
+        "memory",
+        what=(
+            f"the run needs about {memory.needed / GIB:.1f} GiB of GPU memory, "
+            f"and the GPU has {gpu_bytes / GIB:.1f}"
+        ),
+        fix="; ".join(
+            [*remedies(run), "with memory_check: false the run is tried as it is"],
+        ),
+    )
+
+
+def remedies(run: RunMemory) -> list[str]:
+    """What would lower the memory, in order of what it costs, each with the memory it comes to."""
+    tried: list[tuple[str, RunMemory]] = []
+    work, compute = run.work, run.work.compute
+    if not compute.checkpointing:
+        changed = replace(work, compute=replace(compute, checkpointing=True))
+        tried.append(("set trainer.gradient_checkpointing: true", replace(run, work=changed)))
+    if run.batch.rows > 1:
+        fewer = scaled(run.batch, 1)
+        tried.append(("set trainer.per_device_train_batch_size: 1", replace(run, batch=fewer)))
+    if run.batch.row_tokens > 1024:
+        shorter = replace(
+            run.batch,
+            row_tokens=1024,
+            learned_tokens=min(run.batch.learned_tokens, run.batch.rows * 1024),
+        )
+        tried.append(("set data.max_length: 1024", replace(run, batch=shorter)))
+    if "8bit" not in work.optimizer.name:
+        changed = replace(work, optimizer=Optimizer("adamw_8bit"))
+        tried.append(("set trainer.optim: adamw_8bit", replace(run, work=changed)))
+    return [f"{words} ({less.estimate.needed / GIB:.1f} GiB)" for words, less in tried]
