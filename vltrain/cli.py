@@ -126,6 +126,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
+        if started_by_torchrun():
+            end_after_failure(str(stopped), stopped.exit_code)
         print(stopped, file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
     except Exception:

@@ -126,6 +126,7 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
+    stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
 
     @property

@@ -4,9 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from vltrain.config import Recipe, load_recipe
 from vltrain.errors import VltrainError
@@ -22,14 +20,6 @@ def lora_recipe(output: Path, *overrides: str) -> Recipe:
         output=output,
         overrides=overrides,
     )
-
-
-def write_checkpoint(run: RunDir, step: int, weights: str = "adapter_model.safetensors") -> Path:
-    folder = run.path / f"checkpoint-{step}"
-    folder.mkdir()
-    save_file({"lora_A": np.ones((4, 8), dtype=np.float32)}, folder / weights)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return folder
 
 
 @pytest.fixture
@@ -132,60 +122,6 @@ def test_a_file_is_no_run_directory(tmp_path: Path):
         RunDir(path).state(lora_recipe(path))
 
 
-def test_the_last_checkpoint_is_the_one_with_the_highest_step(run: RunDir):
-    write_checkpoint(run, 900)
-    newest = write_checkpoint(run, 1000)
-
-    assert run.last_checkpoint() == newest
-
-
-def test_a_run_without_checkpoints_has_no_last_one(run: RunDir):
-    assert run.last_checkpoint() is None
-
-
-def test_a_checkpoint_without_its_state_is_passed_over_with_a_warning(run: RunDir, caplog):
-    whole = write_checkpoint(run, 4)
-    (write_checkpoint(run, 8) / "trainer_state.json").unlink()
-
-    assert run.last_checkpoint() == whole
-    assert "checkpoint-8 is passed over: it has no trainer_state.json" in caplog.text
-
-
-def test_a_checkpoint_whose_state_is_cut_off_is_passed_over(run: RunDir):
-    whole = write_checkpoint(run, 4)
-    (write_checkpoint(run, 8) / "trainer_state.json").write_text('{"global_st')
-
-    assert run.last_checkpoint() == whole
-
-
-def test_a_checkpoint_whose_weights_are_cut_off_is_passed_over(run: RunDir):
-    whole = write_checkpoint(run, 4)
-    weights = write_checkpoint(run, 8) / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-16])
-
-    assert run.last_checkpoint() == whole
-
-
-def test_a_checkpoint_without_weights_is_passed_over(run: RunDir):
-    whole = write_checkpoint(run, 4)
-    (write_checkpoint(run, 8) / "adapter_model.safetensors").unlink()
-
-    assert run.last_checkpoint() == whole
-
-
-def test_a_checkpoint_that_lacks_a_shard_is_passed_over(run: RunDir):
-    whole = write_checkpoint(run, 4)
-    sharded = write_checkpoint(run, 8, weights="model-00001-of-00002.safetensors")
-    weight_map = {
-        "lora_A": "model-00001-of-00002.safetensors",
-        "lora_B": "model-00002-of-00002.safetensors",
-    }
-    index = sharded / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-
-    assert run.last_checkpoint() == whole
-
-
 def test_metrics_read_back_to_the_last_bit(run: RunDir):
     loss = 0.1 + 0.2  # 0.30000000000000004
 
@@ -193,6 +129,28 @@ def test_metrics_read_back_to_the_last_bit(run: RunDir):
 
     assert run.metrics_file.read_text() == '{"step": 1, "loss": 0.30000000000000004}\n'
     assert run.read_metrics() == [{"step": 1, "loss": loss}]
+
+
+def test_a_loss_that_is_no_number_is_written_as_null(run: RunDir):
+    run.append_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+
+    assert run.metrics_file.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
+    assert run.read_metrics() == [{"step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_the_data_that_a_run_began_with_are_written_down_once(run: RunDir):
+    assert run.read_data_fingerprint() is None
+
+    run.keep_data_fingerprint({"files": {"a.json": 1}})
+    run.keep_data_fingerprint({"files": {"a.json": 2}})
+
+    assert run.read_data_fingerprint() == {"files": {"a.json": 1}}
+
+
+def test_a_lock_alone_makes_no_directory_a_runs(tmp_path: Path):
+    (tmp_path / "run.lock").touch()
+
+    assert RunDir(tmp_path).state(lora_recipe(tmp_path)) == "new"
 
 
 def test_a_run_that_resumes_drops_the_lines_after_its_checkpoint(run: RunDir):

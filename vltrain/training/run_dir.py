@@ -2,19 +2,22 @@
 
     RUN/recipe.yaml         the resolved recipe; it makes the directory a run's
     RUN/environment.json    versions, hardware, the base
+    RUN/data.json           what the data were when it began: sizes and hashes
     RUN/metrics.jsonl       one object for each logged step
     RUN/runs/               the same for TensorBoard
     RUN/checkpoint-N/       weights, optimizer and random state after step N
     RUN/loss.png            the curve, drawn at the end
     RUN/final/              the adapter or model; it is there whole or not at all
 
-What this module writes whole is written beside its place and renamed; a line or a checkpoint that
-was cut off is passed over in reading. So a run may be killed at any time.
+    RUN/run.lock            held while the run goes on
+
+What is whole was written beside its place and renamed; a line that was cut off is passed over in
+reading. So a run may be killed at any time.
 """
 
 import importlib.metadata
 import json
-import logging
+import math
 import os
 import platform
 import re
@@ -27,8 +30,9 @@ from typing import Any, Literal
 from vltrain import __version__
 from vltrain.config import Recipe, read_resolved, recipe_to_yaml
 from vltrain.errors import VltrainError
-
-logger = logging.getLogger(__name__)
+from vltrain.training.checkpoints import clear_drafts, last_whole
+from vltrain.training.files import PARTIAL, write_whole
+from vltrain.training.lock import LOCK
 
 RunState = Literal["new", "resumable", "finished"]
 
@@ -48,8 +52,6 @@ PACKAGES = (
 )
 """Whose versions `environment.json` names, where they are installed."""
 
-PARTIAL = ".partial"  # the ending of what is not whole yet
-
 
 class RunDir:
     """One run's directory."""
@@ -58,6 +60,7 @@ class RunDir:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
+        self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.loss_plot = path / "loss.png"
         self.final = path / "final"
@@ -90,6 +93,7 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.final_draft, ignore_errors=True)
+        clear_drafts(self.path)
         if not self.recipe_file.is_file():
             write_whole(self.recipe_file, recipe_to_yaml(recipe))
         text = json.dumps(environment, indent=2, ensure_ascii=False)
@@ -119,18 +123,32 @@ class RunDir:
         os.replace(self.final_draft, self.final)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole; half ones are passed over with a warning."""
-        for checkpoint in sorted(self._checkpoints(), key=checkpoint_step, reverse=True):
-            fault = checkpoint_fault(checkpoint)
-            if fault is None:
-                return checkpoint
-            logger.warning("%s is passed over: %s", checkpoint, fault)
-        return None
+        """The newest checkpoint that is whole; others are passed over with a warning."""
+        return last_whole(self.path)
+
+    def read_data_fingerprint(self) -> dict[str, Any] | None:
+        """What the run's data were when it began; None where that is not known."""
+        if not self.data_file.is_file():
+            return None
+        return json.loads(self.data_file.read_text(encoding="utf-8"))
+
+    def keep_data_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
+        """Write down what the data are, unless an earlier start of the run has done it."""
+        if not self.data_file.is_file():
+            text = json.dumps(fingerprint, indent=2, ensure_ascii=False)
+            write_whole(self.data_file, text + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; floats are written so that they read back exactly."""
+        """Add one line to metrics.jsonl; floats are written so that they read back exactly.
+
+        What is NaN or infinite becomes null: JSON has no word for it.
+        """
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last one that was cut off is left out."""
@@ -144,9 +162,6 @@ class RunDir:
         kept = [row for row in self.read_metrics() if row["step"] <= last_step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_whole(self.metrics_file, text)
-
-    def _checkpoints(self) -> list[Path]:
-        return [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r".*-\d+", p.name)]
 
     def _refuse_another(self, recipe: Recipe) -> None:
         there = read_resolved(self.recipe_file)
@@ -163,7 +178,8 @@ class RunDir:
             raise VltrainError.at(
                 str(self.path), what="is a file, not a directory", fix="give another --output"
             )
-        names = sorted(p.name for p in self.path.glob("*") if not p.name.endswith(PARTIAL))
+        found = [p.name for p in self.path.glob("*") if not p.name.endswith(PARTIAL)]
+        names = sorted(name for name in found if name != LOCK)
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             raise VltrainError.at(
@@ -188,59 +204,6 @@ def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
         for key in keys
         if ours.get(key, unset) != theirs.get(key, unset)
     ]
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved, read from its name."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoint_fault(checkpoint: Path) -> str | None:
-    """Why nothing can resume from a checkpoint; None where it is whole.
-
-    The Trainer writes `trainer_state.json` last. Weights are opened, which compares their
-    header with the file's length, and not read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "it has no trainer_state.json"
-    except ValueError:
-        return "its trainer_state.json is cut off"
-    files = set(checkpoint.glob("*.safetensors"))
-    for index in checkpoint.glob("*.safetensors.index.json"):
-        try:
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except ValueError:
-            return f"its {index.name} is cut off"
-        files |= {checkpoint / name for name in named}
-    if not files:
-        return "it has no weights"
-    for file in sorted(files):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            return f"{file.name} does not open ({error})"
-    return None
-
-
-def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a file beside its place and rename it: it is there whole or not at all.
-
-    Args:
-        path: the file; an older one is replaced.
-        text: written as UTF-8.
-        errors: what becomes of characters that UTF-8 has no bytes for, as `open` has it.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8", errors=errors) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def environment(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from peft import PeftModel
@@ -24,6 +23,7 @@ from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import PackedDataset
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
+from vltrain.training.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-class Trainer(transformers.Trainer):
+class Trainer(ResumableTrainer):
     """`transformers.Trainer` whose logs tell tokens a second, learned tokens and padding."""
 
     def __init__(
@@ -138,7 +138,7 @@ class Trainer(transformers.Trainer):
         engine: Engine = NO_ENGINE,
         **kwargs: Any,
     ) -> None:
-        """As `transformers.Trainer`, and three things more.
+        """As `ResumableTrainer`, and three things more.
 
         Args:
             mix: which of the samples an epoch shows; None: each once.
@@ -243,8 +243,18 @@ class Trainer(transformers.Trainer):
             self.control.should_training_stop = True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
         self._counted_since = time.perf_counter()  # passing over old batches is no training
+        super()._load_rng_state(checkpoint)
+
+    def _since_last_log(self) -> dict[str, Any]:
+        counts = {name: int(count) for name, count in vars(self._counts).items()}
+        seconds = time.perf_counter() - self._counted_since
+        return super()._since_last_log() | {"seconds": seconds, "counts": counts}
+
+    def _restore_since_last_log(self, values: dict[str, Any]) -> None:
+        super()._restore_since_last_log(values)
+        self._counted_since -= values["seconds"]
+        self._counts = TokenCounts(**values["counts"])
 
 
 def compute_precision(dtype: torch.dtype) -> dict[str, bool]:

@@ -35,7 +35,7 @@ from vltrain.models.loading import (
     load_model,
     load_processor,
 )
-from vltrain.training.run_dir import write_whole
+from vltrain.training.files import write_whole
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
 

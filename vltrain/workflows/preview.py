@@ -27,7 +27,7 @@ from vltrain.data.sources import scan_records
 from vltrain.data.statistics import collect, summarise
 from vltrain.errors import VltrainError
 from vltrain.models.loading import load_processor
-from vltrain.training.run_dir import write_whole
+from vltrain.training.files import write_whole
 from vltrain.workflows.preview_page import PICTURE_SIDE, PageHead, PictureView, SampleView, page
 
 _RAW_CHARACTERS = 4000  # shown of a record that cannot be laid out

@@ -41,11 +41,15 @@ from vltrain.models.shares import whole_tensors
 from vltrain.models.sizes import Census
 from vltrain.training.arguments import step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
+from vltrain.training.checkpoints import checkpoint_step
+from vltrain.training.disk import refuse_small_disk, save_count, saved_bytes
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.plot import plot_loss
 from vltrain.training.processes import is_first, process_count, wait_for_all
-from vltrain.training.run_dir import RunDir, checkpoint_step, environment
+from vltrain.training.run_dir import RunDir, environment
+from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
+from vltrain.workflows.guard import data_fingerprint, guarded, refuse_changed_data
 from vltrain.workflows.memory import (
     RunMemory,
     gpu_memory,
@@ -95,6 +99,11 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
             f"{recipe.output} is finished: its weights are in {run.final}", soft_wrap=True
         )
         return
+    with guarded(recipe, run) as signals:
+        _train(recipe, run, signals, console)
+
+
+def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) -> None:
     base = read_base(recipe.model)
     engine = plan_engine(recipe, base)
     run.refuse_another_engine(engine.name, engine.zero_stage)
@@ -103,15 +112,25 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
     for half in filter(None, (halves.train, halves.evaluation)):
         refuse_foreign_ids(half, base.vocabulary_size, base.folder)
     check_memory(console, recipe, base, halves, arguments, engine)
+    fingerprint = data_fingerprint(recipe.data, halves.train)
+    refuse_changed_data(run, fingerprint)
     with arguments.main_process_first():
         fetch_weights(base.source)
     model = prepare_model(recipe, base, seed=arguments.seed)
+    refuse_small_disk(
+        run.path,
+        saved_bytes(model, engine.name, str(arguments.optim)),
+        keep=arguments.save_total_limit,
+        saves=save_count(arguments, step_count(arguments, halves.epoch_units[0])),
+    )
     if engine.name != "none":
         let_ranks_meet(model, base.family, engine, halves)
     origin = begin(run, recipe, base, engine, halves) if is_first() else None
+    if origin is not None:
+        run.keep_data_fingerprint(fingerprint)
     wait_for_all()
     show_plan(console, recipe, base, model, halves, arguments, engine)
-    fit(console, run, model, base, halves, arguments, engine)
+    fit(console, run, signals, model, base, halves, arguments, engine, recipe.stop_after_nonfinite)
     tensors = final_tensors(model, recipe, base)
     if origin is not None:
         save_final(run, model, tensors, origin)
@@ -277,11 +296,13 @@ def show_plan(
 def fit(
     console: Console,
     run: RunDir,
+    signals: StopSignals,
     model: PreTrainedModel | PeftModel,
     base: Base,
     halves: Halves,
     arguments: TrainingArguments,
     engine: Engine,
+    stop_after_nonfinite: int,
 ) -> None:
     """Train, from the last whole checkpoint if there is one."""
     checkpoint = run.last_checkpoint()
@@ -300,11 +321,14 @@ def fit(
         mix=halves.mix,
         eval_collator=collator,
         engine=engine,
+        stop_requested=signals.requested,
+        stop_after_nonfinite=stop_after_nonfinite,
         callbacks=[MetricsLog(run.append_metrics), progress],
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with signals.noted():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.bar.stop()  # or a run that breaks off leaves the terminal without a cursor
 
