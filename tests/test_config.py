@@ -411,6 +411,22 @@ def test_a_mix_has_no_order_of_its_own():
     assert "`sequential` is asked for" in fault
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.max_steps=-1", "set trainer.max_steps"),
+        ("data.packing=true", "lengths are not known before"),
+        ("data.eval_share=0.1", "cannot be held out of records"),
+        ("data.mix=[{file: train.json, weight: 2}]", "a mix draws from files"),
+        ("trainer.train_sampling_strategy=group_by_length", "the order of a stream"),
+    ],
+)
+def test_what_needs_records_that_are_known_is_refused_of_a_stream(override: str, words: str):
+    streamed = ("data.files=train.json", "data.streaming=true", "trainer.max_steps=10")
+
+    assert words in fault_of(*streamed, override)
+
+
 def test_a_full_run_with_every_part_frozen_is_refused():
     parts = [f"freeze.{part}=true" for part in ("vision", "projector", "language")]
 

@@ -23,7 +23,8 @@ FLOORS = (
 LEVELS = {floor: level for level, row in enumerate(FLOORS) for floor in row}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "tiktoken"}
 LIGHT_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "recipe_yaml.py")
-TORCH_FREE = sorted(path for path in (PACKAGE / "data").glob("*.py") if path.name != "collation.py")
+WITH_TORCH = ("collation.py", "streaming.py")  # of data
+TORCH_FREE = sorted(path for path in (PACKAGE / "data").glob("*.py") if path.name not in WITH_TORCH)
 
 
 def floor_of(path: Path) -> str:

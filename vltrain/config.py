@@ -78,6 +78,10 @@ class DataConfig:
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
     packing: bool = False  # rows of up to max_length tokens hold several samples each
+    streaming: bool = False  # read records as they come, over and over; needs trainer.max_steps
+    shuffle_buffer: Annotated[int, Ge(1)] = (
+        10_000  # records held, of which streaming draws the next
+    )
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
 
     @property
@@ -324,8 +328,9 @@ def _with_defaults(recipe: Recipe) -> dict[str, Any]:
         if settings.get(key) is False:  # what YAML makes of a bare `no`
             settings[key] = "no"
     if recipe.data.has_eval and "eval_strategy" not in settings:
-        keep_best = settings.get("load_best_model_at_end", False)
-        settings["eval_strategy"] = settings.get("save_strategy", "steps") if keep_best else "epoch"
+        # A stream has no epochs.
+        as_saved = settings.get("load_best_model_at_end", False) or recipe.data.streaming
+        settings["eval_strategy"] = settings.get("save_strategy", "steps") if as_saved else "epoch"
         if settings["eval_strategy"] == "steps":
             settings.setdefault("eval_steps", settings["save_steps"])
     return settings
@@ -364,6 +369,8 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             f"{', '.join(both)} is learned from and evaluated on",
             "evaluate on a file of its own, or on data.eval_share of this one",
         )
+    for key, what, fix in _streaming_faults(recipe) if data.streaming else ():
+        refuse(key, what, fix)
     for what, fix in _mix_faults(data):
         refuse("data.mix", what, fix)
     sampling = trainer.get("train_sampling_strategy", "random")
@@ -390,6 +397,27 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
         )
     if recipe.method == "full" and freeze.vision and freeze.projector and freeze.language:
         refuse("freeze", "all parts are frozen: nothing would learn", "unfreeze one of them")
+
+
+def _streaming_faults(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """What a recipe asks of a stream that only files allow which are read before: key, what is
+    wrong, and how to mend it."""
+    data, trainer = recipe.data, recipe.trainer
+    known = "take it out, or set data.streaming: false"
+    if trainer.get("max_steps", -1) < 1:
+        what = "a stream has no end, and the run no number of steps"
+        yield "trainer.max_steps", what, "set trainer.max_steps"
+    if data.packing:
+        yield "data.packing", "lengths are not known before records are streamed", known
+    if data.eval_share:
+        what = "a share cannot be held out of records that are not known before"
+        yield "data.eval_share", what, "give data.eval_files, or set data.streaming: false"
+    if data.mix:
+        what = "a mix draws from files whose records are known, and they are streamed"
+        yield "data.mix", what, known
+    if trainer.get("train_sampling_strategy", "random") != "random":
+        what = "the order of a stream is that of its files, through a buffer"
+        yield "trainer.train_sampling_strategy", what, known
 
 
 def _mix_faults(data: DataConfig) -> Iterator[tuple[str, str]]:

@@ -250,6 +250,33 @@ def test_a_mix_shows_files_as_often_as_it_says_and_the_run_says_what_an_epoch_is
     assert sum(learned) == 108 + 4 * 3 * 2
 
 
+def test_records_are_streamed_pass_after_pass(base, data, tmp_path):
+    held_out = write_texts(tmp_path / "held_out.json", "a", "b")
+    stream = ("data.streaming=true", "data.shuffle_buffer=3", f"data.eval_files={held_out}")
+    workers = ("trainer.dataloader_num_workers=2", "trainer.save_steps=3")
+
+    shown = run(quick(base, data, tmp_path / "run", *stream, *workers))
+    run(quick(base, data, tmp_path / "alone", *stream, "trainer.save_steps=3"))
+
+    assert "streamed from train.json, 3 records held to draw from" in shown
+    assert "6 steps of 2 samples" in shown
+    learned = [count for _, count in metrics(tmp_path / "run", "learned_tokens")]
+    assert [sum(learned[at : at + 2]) for at in range(0, 6, 2)] == [108] * 3  # each pass, all
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+    assert [step for step, _ in metrics(tmp_path / "run", "eval_loss")] == [3, 6]
+
+
+def test_the_first_records_of_a_stream_are_checked_before_weights_are_read(
+    unreadable_base, tmp_path
+):
+    file = write_texts(tmp_path / "train.json", "a", "")
+
+    told = refused(quick(unreadable_base, file, tmp_path / "run", "data.streaming=true"))
+
+    assert "train.json#1" in told
+    assert "nothing was trained" in told
+
+
 # --- a run that was cut off ---
 
 
@@ -265,6 +292,7 @@ class CutOff(BaseException):
         ("lora", ("trainer.save_steps=3", *PACKED), 3),  # in the middle of an epoch
         ("lora", ("trainer.save_steps=2", "MIX"), 4),  # 3 steps an epoch: in the second
         ("lora", ("trainer.save_steps=2", "MIX", *PACKED), 4),
+        ("lora", ("trainer.save_steps=2", "data.streaming=true", "data.shuffle_buffer=3"), 4),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(

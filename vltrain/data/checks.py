@@ -234,6 +234,7 @@ def check_files(
     workers: int = 1,
     on_checked: Callable[[int], None] | None = None,
     keeper: Keeper | None = None,
+    most: int | None = None,
 ) -> Report:
     """Read files once and report all that would stop or spoil a training run.
 
@@ -252,6 +253,7 @@ def check_files(
         workers: processes that check; the report is the same for any number.
         on_checked: told, now and then, how many more records have been checked.
         keeper: holds on to what the records are read and encoded to.
+        most: records that are looked at in each file; None: all.
 
     Returns:
         The findings in the order of the files and records, then those about a set as a whole.
@@ -264,7 +266,9 @@ def check_files(
     findings: list[Finding] = []
     survey = Survey("characters" if processor is None else "tokens")
     check = partial(checker.check_chunk, gather=keeper.gather if keeper else None)
-    chunks = map_chunks(check, scan_all(files), workers=workers, size_of=attrgetter("held_bytes"))
+    chunks = map_chunks(
+        check, scan_all(files, most), workers=workers, size_of=attrgetter("held_bytes")
+    )
     for checked in chunks:
         records += checked.records
         findings += checked.findings
@@ -274,7 +278,7 @@ def check_files(
         if on_checked:
             on_checked(checked.records)
     dropped = {(found.file, found.record) for found in findings if found.drops}
-    findings += survey.findings(partial(scan_all, files), checker.read)
+    findings += survey.findings(partial(scan_all, files, most), checker.read)
     return Report(records, tuple(findings), len(dropped))
 
 

@@ -64,7 +64,15 @@ class RecordReader:
         )
 
     def item(self, record: Record) -> dict[str, Any]:
-        """A record as a DataLoader's worker gives it, its pictures opened.
+        """A record as a DataLoader's worker gives it: see `opened`.
+
+        Raises:
+            VltrainError: as for `encode` and `opened`.
+        """
+        return self.opened(self.encode(record), record)
+
+    def opened(self, sample: Sample, record: Record) -> dict[str, Any]:
+        """The sample of a record with its pictures.
 
         Returns:
             `input_ids`, `labels` (lists of int), `record` (its name) and, where it has pictures,
@@ -73,9 +81,8 @@ class RecordReader:
             record and the path.
 
         Raises:
-            VltrainError: this reason, under `bad_pictures="error"`; or the record is faulty.
+            VltrainError: this reason, under `bad_pictures="error"`.
         """
-        sample = self.encode(record)
         item: dict[str, Any] = {
             "input_ids": sample.input_ids,
             "labels": sample.labels,

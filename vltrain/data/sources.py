@@ -14,6 +14,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from vltrain.data.faults import Fault, error_of
@@ -63,10 +64,15 @@ def scan_records(path: Path) -> Iterator[Record | Unreadable]:
         yield Unreadable(path, None, fault)
 
 
-def scan_all(paths: Iterable[Path]) -> Iterator[Record | Unreadable]:
-    """The records of all that `paths` name; each knows the place of the path that it is from."""
+def scan_all(paths: Iterable[Path], most: int | None = None) -> Iterator[Record | Unreadable]:
+    """The records of all that `paths` name; each knows the place of the path that it is from.
+
+    Args:
+        paths: files, folders or names.
+        most: records that are read of each path; None: all.
+    """
     for source, path in enumerate(paths):
-        for entry in scan_records(path):
+        for entry in islice(scan_records(path), most):
             yield replace(entry, source=source) if isinstance(entry, Record) and source else entry
 
 

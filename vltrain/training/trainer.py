@@ -21,6 +21,7 @@ from vltrain.data.encoding import IGNORE_INDEX
 from vltrain.data.mixing import Mix
 from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import PackedDataset
+from vltrain.data.streaming import SampleStream
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.resumable import ResumableTrainer
@@ -197,6 +198,19 @@ class Trainer(ResumableTrainer):
             step *= self.args.world_size
             return sample_order(dataset.lengths, seed, mix=self._mix, step_samples=step)
         return super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A stream gives each process what is its own: `accelerate` would split that again."""
+        if not isinstance(self.train_dataset, SampleStream):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         of_training = self.data_collator

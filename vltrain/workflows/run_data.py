@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from vltrain.config import DataConfig
+from vltrain.data.checks import check_files
 from vltrain.data.dataset import RecordReader, SampleDataset, split_numbers
 from vltrain.data.encoding import Processor
 from vltrain.data.findings import Report
@@ -17,16 +18,19 @@ from vltrain.data.packing import PackedDataset
 from vltrain.data.pictures import pictures_of
 from vltrain.data.prepared import prepare
 from vltrain.data.sample_table import SampleTable
+from vltrain.data.streaming import Limits, SampleStream, Split
 from vltrain.errors import VltrainError
 from vltrain.models.loading import foreign_id_error
 from vltrain.workflows.inspect import checking_bar, print_report, refuse_errors
+
+STREAM_CHECKED = 1000  # records of each streamed file that are checked before the run
 
 
 @dataclass(frozen=True)
 class Halves:
     """What is learned from and, where a recipe asks for it, what is evaluated on."""
 
-    train: SampleDataset
+    train: SampleDataset | SampleStream
     evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
     mix: Mix | None = None  # what an epoch shows of `train`; None: each sample once
     rows: PackedDataset | None = None  # the samples of an epoch, where the recipe packs them
@@ -34,25 +38,95 @@ class Halves:
 
     @property
     def epoch_units(self) -> tuple[int, str]:
-        """What an epoch has of what a step takes: samples, or rows of them."""
+        """What an epoch has of what a step takes: samples, or rows of them; 0 of a stream."""
         if self.rows is not None:
             return len(self.rows), "rows"
-        return (len(self.train) if self.mix is None else len(self.mix)), "samples"
+        if self.mix is not None:
+            return len(self.mix), "samples"
+        return 0 if isinstance(self.train, SampleStream) else len(self.train), "samples"
 
     @property
     def epoch(self) -> str:
         """What an epoch is, in words."""
+        if isinstance(self.train, SampleStream):
+            return "none: records are streamed"
         return f"{len(self.train):,} samples, each once" if self.mix is None else str(self.mix)
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether any sample has a picture, as far as is known."""
+        tables = [half for half in (self.train, self.evaluation) if isinstance(half, SampleDataset)]
+        streamed = isinstance(self.train, SampleStream)
+        return streamed or any(bool(half.image_counts.any()) for half in tables)
 
-def read_data(console: Console, data: DataConfig, processor: Processor, *, seed: int) -> Halves:
-    """Check every file, or see that none has changed since; eval samples come from their files
-    or from a share.
+
+def read_data(
+    console: Console,
+    data: DataConfig,
+    processor: Processor,
+    *,
+    seed: int,
+    split: Split,
+    vocabulary_size: int,
+) -> Halves:
+    """Check the data and make it ready.
+
+    Every file is checked, or seen not to have changed since; eval samples come from their files
+    or from a share. Of files that are streamed only the first records of each are checked.
+
+    Args:
+        console: told what is found and done.
+        data: the recipe's section.
+        processor: encodes.
+        seed: of all that chance decides.
+        split: which batches of a stream are this process's.
+        vocabulary_size: ids of a stream's samples must be below it.
 
     Raises:
         VltrainError: all that is wrong with the files.
     """
-    files = [*data.files, *data.eval_files]
+    reader = RecordReader(processor, data.labels, pictures_of(data), data.format, data.bad_pictures)
+    if not data.streaming:
+        return _tables(console, data, reader, seed)
+    _check_begin(console, data, processor)
+    files = replace(data, files=data.eval_files, eval_files=())
+    return Halves(
+        train=SampleStream(
+            data.files,
+            reader,
+            Limits(data.max_length, data.too_long, vocabulary_size),
+            split,
+            buffer=data.shuffle_buffer,
+            seed=seed,
+        ),
+        evaluation=_for_evaluation(*_prepared(console, files, processor), reader)
+        if data.eval_files
+        else None,
+    )
+
+
+def _check_begin(console: Console, data: DataConfig, processor: Processor) -> None:
+    """Raise VltrainError for what is wrong with the first records of files that are streamed."""
+    report = check_files(
+        data.files,
+        processor=processor,
+        pictures=pictures_of(data),
+        max_length=data.max_length,
+        too_long=data.too_long,
+        labels=data.labels,
+        format=data.format,
+        bad_pictures=data.bad_pictures,
+        most=STREAM_CHECKED,
+    )
+    if report.findings:
+        print_report(report, console)
+    refuse_errors(report, data.files, undone="trained")
+
+
+def _prepared(
+    console: Console, data: DataConfig, processor: Processor
+) -> tuple[SampleTable, Report]:
+    """The checked records of all files of a recipe, and what else was found of them."""
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False)
@@ -61,34 +135,41 @@ def read_data(console: Console, data: DataConfig, processor: Processor, *, seed:
         prepared = prepare(data, processor, say=say, on_checked=advance)
     if prepared.report.findings:
         print_report(prepared.report, console)
-    refuse_errors(prepared.report, files, undone="trained")
-    table = prepared.table
-    assert table is not None, "data without errors has a table"
+    refuse_errors(prepared.report, [*data.files, *data.eval_files], undone="trained")
+    assert prepared.table is not None, "data without errors has a table"
+    return prepared.table, prepared.report
+
+
+def _tables(console: Console, data: DataConfig, reader: RecordReader, seed: int) -> Halves:
+    """What is learned from and evaluated on, of files that are checked whole."""
+    table, report = _prepared(console, data, reader.processor)
     # Files come one after the other: first those to learn from.
     learned = int(np.searchsorted(table.numbers["source"], len(data.files)))
-    _refuse_empty(learned, prepared.report)
-    if data.eval_files:
-        _refuse_empty(len(table) - learned, prepared.report)
+    _refuse_empty(learned, report)
     numbers, held_out = split_numbers(learned, data.eval_share, seed)
     if data.eval_files:
         held_out = np.arange(learned, len(table), dtype=np.int32)
-    reader = RecordReader(processor, data.labels, pictures_of(data), data.format, data.bad_pictures)
-    samples = _samples(table, numbers, reader)
+    samples = SampleDataset(table, reader, None if len(numbers) == len(table) else numbers)
     mix = mix_of(data, samples.sources)
     return Halves(
         train=samples,
-        # An eval loss over fewer samples would compare with no other.
-        evaluation=_samples(table, held_out, replace(reader, bad_pictures="error"))
-        if len(held_out)
-        else None,
+        evaluation=_for_evaluation(table, report, reader, held_out) if data.has_eval else None,
         mix=mix,
         rows=_rows(samples, data, mix, seed) if data.packing else None,
-        dropped=prepared.report.dropped,
+        dropped=report.dropped,
     )
 
 
-def _samples(table: SampleTable, numbers: NDArray[np.int32], reader: RecordReader) -> SampleDataset:
-    return SampleDataset(table, reader, None if len(numbers) == len(table) else numbers)
+def _for_evaluation(
+    table: SampleTable,
+    report: Report,
+    reader: RecordReader,
+    numbers: NDArray[np.int32] | None = None,
+) -> SampleDataset:
+    """Samples to evaluate on; None: all of the table. A bad picture stops the run: an eval loss
+    over fewer samples would compare with no other."""
+    _refuse_empty(len(table) if numbers is None else len(numbers), report)
+    return SampleDataset(table, replace(reader, bad_pictures="error"), numbers)
 
 
 def _rows(samples: SampleDataset, data: DataConfig, mix: Mix | None, seed: int) -> PackedDataset:
@@ -128,12 +209,19 @@ def refuse_foreign_ids(samples: SampleDataset, vocabulary_size: int, base: Path)
 def plan_of(halves: Halves) -> Iterator[str]:
     """What there is to learn from, in lines."""
     samples = halves.train
-    yield (
-        f"{len(samples):,} samples, {int(samples.lengths.sum(dtype=np.int64)):,} tokens "
-        f"({int(samples.learned_tokens.sum(dtype=np.int64)):,} learned), "
-        f"{int(samples.image_counts.sum(dtype=np.int64)):,} pictures; "
-        f"longest {int(samples.lengths.max()):,} tokens, {halves.dropped:,} dropped"
-    )
+    if isinstance(samples, SampleStream):
+        yield (
+            f"streamed from {', '.join(file.name for file in samples.files)}, "
+            f"{samples.buffer:,} records held to draw from; the first {STREAM_CHECKED:,} of each "
+            "file are checked, others when they come"
+        )
+    else:
+        yield (
+            f"{len(samples):,} samples, {_total(samples.lengths):,} tokens "
+            f"({_total(samples.learned_tokens):,} learned), "
+            f"{_total(samples.image_counts):,} pictures; "
+            f"longest {int(samples.lengths.max()):,} tokens, {halves.dropped:,} dropped"
+        )
     if halves.mix is not None:
         yield f"an epoch: {halves.mix}"
     if halves.evaluation is not None:
@@ -144,3 +232,7 @@ def plan_of(halves: Halves) -> Iterator[str]:
             f"packed into {len(rows):,} rows of up to {rows.row_tokens:,} tokens, "
             f"{rows.fill:.1%} full"
         )
+
+
+def _total(numbers: NDArray[np.int32]) -> int:
+    return int(numbers.sum(dtype=np.int64))

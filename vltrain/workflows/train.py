@@ -16,6 +16,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vltrain.config import Recipe
 from vltrain.data.collation import Collator, collate_rows
+from vltrain.data.dataset import SampleDataset
+from vltrain.data.streaming import Split
 from vltrain.models.adapters import (
     Adapter,
     add_lora,
@@ -108,9 +110,17 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     engine = plan_engine(recipe, base)
     run.refuse_another_engine(engine.name, engine.zero_stage)
     arguments = training_arguments(recipe, engine)  # before any model is loaded
-    halves = read_data(console, recipe.data, base.processor, seed=arguments.seed)
-    for half in filter(None, (halves.train, halves.evaluation)):
-        refuse_foreign_ids(half, base.vocabulary_size, base.folder)
+    halves = read_data(
+        console,
+        recipe.data,
+        base.processor,
+        seed=arguments.seed,
+        split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
+        vocabulary_size=base.vocabulary_size,
+    )
+    for half in (halves.train, halves.evaluation):
+        if isinstance(half, SampleDataset):
+            refuse_foreign_ids(half, base.vocabulary_size, base.folder)
     check_memory(console, recipe, base, halves, arguments, engine)
     fingerprint = data_fingerprint(recipe.data, halves.train)
     refuse_changed_data(run, fingerprint)
@@ -178,9 +188,7 @@ def let_ranks_meet(
     model: PreTrainedModel | PeftModel, family: Family, engine: Engine, halves: Halves
 ) -> None:
     """Run the vision side in batches without pictures too, where other processes wait for it."""
-    samples = [half for half in (halves.train, halves.evaluation) if half is not None]
-    pictures = any(half.image_counts.any() for half in samples)
-    if learns_to_see(model, family) or (pictures and engine.shards_weights):
+    if learns_to_see(model, family) or (halves.shows_pictures and engine.shards_weights):
         family.see_always(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
