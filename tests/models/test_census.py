@@ -109,3 +109,4 @@ def test_the_sizes_are_those_of_the_published_config():
         image_tokens=256,
         marks=2,
     )
+    assert sizes.loss_rows == 256

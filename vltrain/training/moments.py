@@ -6,7 +6,6 @@ from typing import Literal
 
 from vltrain.models.sizes import Census, ModelSizes, Place
 from vltrain.training.activations import (
-    FLOAT,
     BatchSizes,
     Compute,
     decoder_kept,
@@ -173,12 +172,16 @@ class Step:
             copies=self._kept_copies + self._gathered,
         )
 
+    def _fresh_gradient(self, place: Place, count: int) -> int:
+        """A matrix' gradient before it is added: as it is computed, and in the weight's dtype."""
+        there, width = self.computed.at(place), self.work.compute.bytes
+        if not there.learned:
+            return 0
+        own = there.learned_bytes // there.learned
+        return count * (width + own if own > width else width)
+
     def _head_backward(self) -> Moment:
-        """The head's own gradient comes as it is computed, and then in float32."""
-        head, width = self.computed.at("head"), self.work.compute.bytes
-        own = head.learned * width
-        if head.learned_bytes > own:
-            own += head.learned_bytes
+        own = self._fresh_gradient("head", self.computed.at("head").learned)
         return Moment(
             "the head, backward",
             self._gradients_before,
@@ -191,15 +194,14 @@ class Step:
     def _layers_backward(self) -> tuple[Moment, Moment]:
         """The decoder's last layer, when all activations are there; its first, with all gradients.
 
-        Beside a layer's copies there is the gradient of its largest matrix, as it is computed and
-        in float32.
+        Beside a layer's copies there is the gradient of its largest matrix, as it is computed and,
+        where that is narrower, in the weight's dtype.
         """
         d, compute = self.sizes.decoder, self.work.compute
         layer = decoder_layer(self.sizes, self.computed, self.batch, compute)
         here = layer.working + (layer.kept if compute.checkpointing else 0)
-        learns = self.computed.at("layers").learned > 0
-        largest = d.width * max(3 * d.attention_width, d.mlp_width) if learns else 0
-        rest = largest * (compute.bytes + FLOAT) + self._gathered
+        largest = d.width * max(3 * d.attention_width, d.mlp_width)
+        rest = self._fresh_gradient("layers", largest) + self._gathered
         all_layers = self._copies("layers", "adapter")
         one_layer = all_layers // d.layers
         last = rest + (one_layer if compute.checkpointing else all_layers)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from vltrain.models.loss import ROWS
 from vltrain.models.sizes import DecoderSizes, ModelSizes, TowerSizes
 
 # What a published config.json says that would lead the Auto classes to remote code.
@@ -112,7 +113,7 @@ class QwenVLConfig(PreTrainedConfig):
                 image_tokens=vision.n_queries,
                 marks=2,
             ),
-            loss_rows=None,
+            loss_rows=ROWS,
         )
 
     @classmethod
