@@ -125,6 +125,8 @@ def test_a_picture_is_downloaded_once_and_kept(server, downloader):
     again = downloader.fetch(server.url("/a.png"))
 
     assert first == again
+    assert Pictures(downloads=downloader).watched(server.url("/a.png")) == [str(first)]
+    assert Pictures(downloads=downloader).watched(server.url("/b.png")) == []
     assert first.read_bytes() == png()
     assert server.asked == ["/a.png"]
 

@@ -120,6 +120,23 @@ def test_what_names_no_picture_is_refused_with_a_reason(source, kind, what):
         LOCAL_PICTURES.open(source)
 
 
+def test_what_decides_about_a_picture_is_its_file_or_all_places_where_it_is_looked_for(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    pictures, data_file = Pictures(Path("/pics")), tmp_path / "data" / "train.json"
+    here = saved(tmp_path / "a.png")
+
+    assert pictures.watched("a.png", data_file) == [str(here)]
+    assert pictures.watched("b.png", data_file) == [
+        "/pics/b.png",
+        f"{tmp_path}/data/b.png",
+        f"{tmp_path}/b.png",
+    ]
+    assert pictures.watched("data:,x", data_file) == []
+    assert pictures.watched("http://x.org/a.png", data_file) == []
+
+
 def test_a_folder_is_no_picture(tmp_path):
     assert kind_of(Pictures(tmp_path.parent).locate(tmp_path.name)) == "missing_picture"
 

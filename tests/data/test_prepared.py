@@ -145,6 +145,37 @@ def test_records_that_are_dropped_are_in_the_report_and_not_in_the_table(data):
     assert found.table.numbers["index"].tolist() == [0, 2]
 
 
+def test_a_record_whose_bad_picture_was_mended_is_checked_again(data):
+    picture = data.files[0].parent / "a.png"
+    content = picture.read_bytes()
+    dropping = replace(data, bad_pictures="drop")
+
+    for bad in (None, b"no picture"):
+        if bad is None:
+            picture.unlink()
+        else:
+            picture.write_bytes(bad)
+        found, _ = prepared(dropping)
+        assert (len(found.table), found.report.dropped) == (2, 1)
+        assert not checked(dropping)
+    picture.write_bytes(content)
+    found, said = prepared(dropping)
+
+    assert f"{picture} for one" in said
+    assert (len(found.table), found.report.dropped) == (3, 0)
+
+
+def test_a_record_whose_boxes_lacked_their_picture_is_checked_again(data):
+    value = {"query": "<image>q", "response": "<bbox>", "images": ["b.png"]}
+    rewrite(data.files[0], record("q", "a"), value | {"objects": {"bbox": [[1, 1, 2, 2]]}})
+    dropping = replace(data, bad_pictures="drop")
+
+    assert len(prepared(dropping)[0].table) == 1
+    Image.new("RGB", (4, 4)).save(data.files[0].parent / "b.png")
+
+    assert len(prepared(dropping)[0].table) == 2
+
+
 def test_files_to_evaluate_on_stand_behind_those_to_learn_from(data, tmp_path):
     rewrite(tmp_path / "eval.json", record("q", "a"))
 

@@ -57,6 +57,7 @@ class Examined:
     """What one look at a record gives, for all who need it."""
 
     findings: tuple[Finding, ...]
+    sources: tuple[str, ...] = ()  # of its pictures
     conversation: Conversation | None = None  # None: a reader stops at one of the findings
     sample: Sample | None = None  # None: no conversation, or no processor to encode it
     traits: Traits | None = None  # to compare it with other records; None: no conversation
@@ -146,7 +147,8 @@ class Checker:
         conversation, faults = self._read(entry)
         readable = not any(map(self._refuses, faults))
         kinds = {fault.kind for fault in faults}
-        sources = filter(None, conversation.image_sources)  # an empty path is a fault of the form
+        # An empty path is a fault of the form.
+        sources = tuple(filter(None, conversation.image_sources))
         looks = {source: self._look(source, entry.file) for source in sources}
         regions, found = _look_through(conversation, looks)
         silence_known = kinds & {"nothing_to_learn", "bad_part"}  # what made a turn empty
@@ -159,7 +161,7 @@ class Checker:
         faults += too_long
         findings = tuple([self._finding(entry, conversation.id, fault) for fault in faults])
         if not readable:
-            return Examined(findings)
+            return Examined(findings, sources)
         length = len(sample.input_ids) if sample else characters(conversation)
         traits = Traits(
             content_of(conversation, {key: look.path for key, look in looks.items()}, kinds),
@@ -167,7 +169,7 @@ class Checker:
             learned_answers(conversation),
             spots_of(regions, _largest(looks)),
         )
-        return Examined(findings, conversation, sample, traits)
+        return Examined(findings, sources, conversation, sample, traits)
 
     def read(self, record: Record) -> Conversation | None:
         """A record's conversation; None where a reader stops."""

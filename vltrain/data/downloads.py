@@ -109,8 +109,7 @@ class Downloads:
 
         Only what begins like a picture is kept. Several processes may fetch the same one.
         """
-        digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-        file = self.folder / digest[:2] / digest
+        file = self.file_of(url)
         if file.is_file():
             return file
         try:
@@ -127,6 +126,11 @@ class Downloads:
             message = f"{self.folder} cannot be written ({error.strerror or error})"
             return Fault("unwritable_cache", message, "set data.cache_dir to another folder")
         return file
+
+    def file_of(self, url: str) -> Path:
+        """Where a URL's picture is kept, once it is downloaded."""
+        digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / digest[:2] / digest
 
     def _download(self, url: str) -> bytes:
         pause = self.first_pause

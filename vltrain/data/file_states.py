@@ -14,7 +14,7 @@ class FileState(NamedTuple):
     """What a file was like."""
 
     path: str
-    size: int  # bytes
+    size: int  # bytes; below 0 where there was no file
     time: int  # of the last change, nanoseconds
 
 
@@ -27,9 +27,14 @@ def state_of(path: str | Path) -> FileState | None:
     return FileState(os.path.abspath(path), found.st_size, found.st_mtime_ns)
 
 
+def state_or_absence(path: str | Path) -> FileState:
+    """What a file is like, or that it is not there: a size below 0."""
+    return state_of(path) or FileState(os.path.abspath(path), -1, 0)
+
+
 def first_change(states: Iterable[FileState]) -> str | None:
-    """The first of some files that is no longer as it was, or not there; None: there is none."""
-    return next((was.path for was in states if state_of(was.path) != was), None)
+    """The first of some files that is another than it was, gone, or new; None: there is none."""
+    return next((was.path for was in states if state_or_absence(was.path) != was), None)
 
 
 class StateWriter:

@@ -26,6 +26,7 @@ from vltrain.data.faults import Fault, error_of
 from vltrain.data.images import (
     Look,
     Place,
+    image_candidates,
     locate_file,
     look_at,
     open_image,
@@ -127,6 +128,20 @@ class Pictures:
         if isinstance(place, Fault):
             return Look((place,))
         return look_at(place, name=_name(source, place), decode=decode)
+
+    def watched(self, source: str, data_file: Path | None = None) -> list[str]:
+        """The paths whose files decide what a picture is, all where it is looked for if it is
+        missing. Nothing is downloaded for it."""
+        scheme = _scheme_of(source)
+        if scheme in _FETCHED and self.downloads is not None:
+            file = self.downloads.file_of(source)
+            return [str(file)] if file.is_file() else []
+        if scheme is not None:
+            return []
+        found = locate_file(source, data_file=data_file, image_root=self.image_root)
+        if isinstance(found, Path):
+            return [str(found)]
+        return image_candidates(source, data_file=data_file, image_root=self.image_root)
 
     def fetch_all(self, sources: Iterable[str]) -> dict[str, Fault]:
         """Download the pictures that are URLs, several at a time; why some could not be."""

@@ -24,7 +24,14 @@ from vltrain.config import DataConfig
 from vltrain.data.cache import CacheEntry
 from vltrain.data.checks import Examined, Keeper, check_files
 from vltrain.data.encoding import Processor
-from vltrain.data.file_states import FileState, StateWriter, first_change, read_states, state_of
+from vltrain.data.file_states import (
+    FileState,
+    StateWriter,
+    first_change,
+    read_states,
+    state_of,
+    state_or_absence,
+)
 from vltrain.data.findings import Finding, Report
 from vltrain.data.parallel import worker_count
 from vltrain.data.pictures import Pictures, default_cache_dir, pictures_of
@@ -157,7 +164,7 @@ class Gathered:
     """What is kept of some records that follow each other."""
 
     rows: Rows
-    pictures: list[FileState]  # that they show, if they are files
+    pictures: list[FileState]  # of the files that they show, or where these were looked for
 
 
 def gather(examined: Sequence[tuple[Record, Examined]], *, pictures: Pictures) -> Gathered:
@@ -167,14 +174,13 @@ def gather(examined: Sequence[tuple[Record, Examined]], *, pictures: Pictures) -
         for record, found in examined
         if found.kept and found.sample is not None
     ]
-    places = {
-        pictures.locate(source, record.file)
-        for record, sample in kept
-        for source in sample.images
-        if source[:5].lower() != "data:"  # its bytes are in the record
+    paths = {
+        path
+        for record, found in examined
+        for source in found.sources  # of dropped records, too: their pictures may be mended
+        for path in pictures.watched(source, record.file)
     }
-    states = (state_of(place) for place in places if isinstance(place, Path))
-    return Gathered(rows_of(kept), [state for state in states if state is not None])
+    return Gathered(rows_of(kept), [state_or_absence(path) for path in paths])
 
 
 def _source_states(sources: Iterable[Path]) -> Iterator[FileState]:
