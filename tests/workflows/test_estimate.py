@@ -32,8 +32,7 @@ from vltrain.workflows.estimate import (
     run_memory,
 )
 from vltrain.workflows.memory import largest_batch_of, packed_batch, padded_batch, sharing_of
-from vltrain.workflows.run_data import read_data
-from vltrain.workflows.train import prepare_model, read_base, train
+from vltrain.workflows.train import prepare_model, read_base, read_halves, train
 
 NO_CONSOLE = Console(file=io.StringIO())
 
@@ -109,6 +108,19 @@ def test_the_batch_is_the_largest_that_the_data_has(bare: Path, data: Path, caps
     batch = json.loads(capsys.readouterr().out)["batch"]
     assert (batch["rows"], batch["pictures"]) == (3, 6)  # one record has two pictures
     assert batch["row_tokens"] < 2048
+
+
+def test_streamed_samples_are_taken_to_be_as_long_as_they_may_be(bare: Path, data: Path, capsys):
+    estimate_run(
+        None,
+        model=str(bare),
+        data=[data],
+        overrides=["data.streaming=true", "trainer.max_steps=5"],
+        as_json=True,
+    )
+
+    batch = json.loads(capsys.readouterr().out)["batch"]
+    assert (batch["row_tokens"], batch["learned_tokens"], batch["pictures"]) == (2048, 2042, 1)
 
 
 def test_the_recipes_method_holds_and_needs_no_output(tmp_path: Path, bare: Path, capsys):
@@ -205,8 +217,8 @@ def test_weights_gradients_and_states_are_those_that_torch_allocates(
 ):
     recipe = a_recipe(base, data, tmp_path, f"dtype={dtype}", *settings, method=method)
     arguments, read = training_arguments(recipe), read_base(recipe.model)
-    halves = read_data(NO_CONSOLE, recipe.data, read.processor, seed=0)
-    batch = largest_batch_of(halves.train, halves.rows, arguments)
+    halves = read_halves(NO_CONSOLE, recipe, read, arguments)
+    batch = largest_batch_of(recipe, read.family.read_sizes(read.config), halves, arguments)
     memory = run_memory(recipe, read, arguments, batch).estimate
     held = Held()
     Trainer(
@@ -265,7 +277,7 @@ def test_steps_are_measured_and_leave_nothing_behind(base: Path, data: Path, tmp
     recipe = a_recipe(base, data, tmp_path / "run", "dtype=fp32", "data.max_length=300")
     recipe = replace(recipe, trainer=recipe.trainer | {"num_train_epochs": 9})
     read = read_base(recipe.model)
-    halves = read_data(NO_CONSOLE, recipe.data, read.processor, seed=0)
+    halves = read_halves(NO_CONSOLE, recipe, read, training_arguments(recipe))
 
     epoch = probe_epoch(recipe, read, halves)
 
@@ -277,7 +289,7 @@ def test_steps_are_measured_and_leave_nothing_behind(base: Path, data: Path, tmp
 def test_as_many_steps_are_timed_as_are_run(base: Path, data: Path, tmp_path: Path):
     recipe = probe_recipe(a_recipe(base, data, tmp_path, "dtype=fp32"), tmp_path / "out")
     read = read_base(recipe.model)
-    halves = read_data(NO_CONSOLE, recipe.data, read.processor, seed=0)
+    halves = read_halves(NO_CONSOLE, recipe, read, training_arguments(recipe))
 
     measured = measure(
         random_model(recipe, read, seed=0),

@@ -35,12 +35,13 @@ from vltrain.workflows.memory import (
     work_of,
 )
 from vltrain.workflows.quiet import hide_weight_bars
-from vltrain.workflows.run_data import Halves, read_data
+from vltrain.workflows.run_data import Halves
 from vltrain.workflows.train import (
     Base,
     count_run,
     let_learn,
     read_base,
+    read_halves,
 )
 
 NOT_GIVEN = Path("not given")  # stands for the output, and for data that an estimate does without
@@ -95,17 +96,17 @@ def estimate_run(
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
     halves = None
+    sizes = base.family.read_sizes(base.config)
     if recipe.data.files == (NOT_GIVEN,):
-        sizes = base.family.read_sizes(base.config)
         rows = arguments.per_device_train_batch_size
         batch = assumed_batch(recipe, sizes, pictures, rows)
     else:
-        halves = read_data(console, recipe.data, base.processor, seed=arguments.seed)
-        batch = largest_batch_of(halves.train, halves.rows, arguments)
+        halves = read_halves(console, recipe, base, arguments)
+        batch = largest_batch_of(recipe, sizes, halves, arguments)
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
     run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
-    if probe and halves is not None and gpus == 1 and torch.cuda.is_available():
+    if probe and halves is not None and can_be_probed(halves, gpus):
         refuse_what_cannot_fit(run, gpu_memory() or 0)
         epoch = probe_epoch(recipe, base, halves)
     if as_json:
@@ -114,6 +115,11 @@ def estimate_run(
     console.print(Text(f"{recipe.method} · {base.source.name} · {base.family.name}", "bold"))
     show_memory(console, run, gpu_bytes)
     console.print(_time_line(epoch, halves, gpus), soft_wrap=True)
+
+
+def can_be_probed(halves: Halves, gpus: int) -> bool:
+    """Whether an epoch of the data has steps, and this machine can run them as the run would."""
+    return torch.cuda.is_available() and gpus == 1 and halves.epoch_units[0] > 0
 
 
 def draft(
@@ -273,6 +279,8 @@ def _time_line(epoch: EpochTime | None, halves: Halves | None, gpus: int) -> str
         return "time: it is measured, on a GPU, and there is none here"
     if halves is None:
         return "time: it is measured, on the data, and none is given"
+    if not halves.epoch_units[0]:
+        return "time: what is streamed has no epoch"
     if gpus > 1:
         return "time: it is measured on one GPU, and these are several"
     return "time: not measured, as --no-probe asks"

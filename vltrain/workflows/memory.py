@@ -10,8 +10,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe
-from vltrain.data.dataset import SampleDataset
-from vltrain.data.packing import PackedDataset
+from vltrain.data.streaming import SampleStream
 from vltrain.errors import VltrainError
 from vltrain.models.loading import DTYPES, dtype_for_machine
 from vltrain.models.sizes import Census, ModelSizes, Place
@@ -27,6 +26,7 @@ from vltrain.training.memory import (
 )
 from vltrain.training.moments import Sharing, Work
 from vltrain.training.optimizer_bytes import Optimizer
+from vltrain.workflows.run_data import Halves
 
 # The estimate may be a tenth too high: only what is over by more than that is refused.
 CERTAIN_SHARE = 0.9
@@ -106,14 +106,16 @@ def _offloads(zero: Mapping[str, Any], key: str) -> bool:
 
 
 def largest_batch_of(
-    samples: SampleDataset, rows: PackedDataset | None, arguments: TrainingArguments
+    recipe: Recipe, sizes: ModelSizes, halves: Halves, arguments: TrainingArguments
 ) -> BatchSizes:
     """The largest batch that a process may take of the data at a time.
 
-    Args:
-        rows: the samples, where they are packed.
+    What is streamed is not known before: a sample is then as long as it may be and has a picture.
     """
+    samples, rows = halves.train, halves.rows
     count = arguments.per_device_train_batch_size
+    if isinstance(samples, SampleStream):
+        return assumed_batch(recipe, sizes, pictures=1, rows=count)
     if rows is None:
         return padded_batch(samples.lengths, samples.learned_tokens, samples.image_counts, count)
     return packed_batch(
@@ -167,7 +169,7 @@ def packed_batch(
 
 
 def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -> BatchSizes:
-    """A batch as a recipe allows it, where there is no data: rows are full, all text is learned.
+    """A batch as a recipe allows it, where no data is known: rows are full, all text is learned.
 
     Raises:
         VltrainError: so many pictures do not fit a sample.

@@ -110,17 +110,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     engine = plan_engine(recipe, base)
     run.refuse_another_engine(engine.name, engine.zero_stage)
     arguments = training_arguments(recipe, engine)  # before any model is loaded
-    halves = read_data(
-        console,
-        recipe.data,
-        base.processor,
-        seed=arguments.seed,
-        split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
-        vocabulary_size=base.vocabulary_size,
-    )
-    for half in (halves.train, halves.evaluation):
-        if isinstance(half, SampleDataset):
-            refuse_foreign_ids(half, base.vocabulary_size, base.folder)
+    halves = read_halves(console, recipe, base, arguments)
     check_memory(console, recipe, base, halves, arguments, engine)
     fingerprint = data_fingerprint(recipe.data, halves.train)
     refuse_changed_data(run, fingerprint)
@@ -192,6 +182,28 @@ def let_ranks_meet(
         family.see_always(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+def read_halves(
+    console: Console, recipe: Recipe, base: Base, arguments: TrainingArguments
+) -> Halves:
+    """What this process of a run learns from and is evaluated on, checked.
+
+    Raises:
+        VltrainError: all that is wrong with the files, or ids that the base does not know.
+    """
+    halves = read_data(
+        console,
+        recipe.data,
+        base.processor,
+        seed=arguments.seed,
+        split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
+        vocabulary_size=base.vocabulary_size,
+    )
+    for half in (halves.train, halves.evaluation):
+        if isinstance(half, SampleDataset):
+            refuse_foreign_ids(half, base.vocabulary_size, base.folder)
+    return halves
+
+
 def count_run(recipe: Recipe, base: Base) -> Census:
     """Where the parameters of a run lie and which of them learn; no weight is read."""
     model = skeleton(base.family, base.config, DTYPES[dtype_for_machine(recipe.dtype)])
@@ -214,10 +226,11 @@ def check_memory(
     gpu_bytes = gpu_memory()
     if gpu_bytes is None:
         return
+    sizes = base.family.read_sizes(base.config)
     run = RunMemory(
         count_run(recipe, base),
-        base.family.read_sizes(base.config),
-        largest_batch_of(halves.train, halves.rows, arguments),
+        sizes,
+        largest_batch_of(recipe, sizes, halves, arguments),
         work_of(recipe, arguments, engine, process_count()),
         engine,
     )
