@@ -1,10 +1,11 @@
 """What a run's data cost at its start: seconds and memory, for few records and for many.
 
-    python benchmarks/data_scale.py --records 10000 100000 1000000
+    python benchmarks/data_scale.py --records 10000 100000 --tables 10000 1000000
 
 The records are those of `check_scale.py`, the tokens those of the real vocabulary. The first start
 checks and encodes, the second reads the cache; both are processes of their own. Memory is what is
-resident, pages of the mapped files included (Linux only).
+resident, pages of the mapped files included (Linux only). `--tables` writes tables of so many
+records without checking them, and measures a process that opens one.
 """
 
 import argparse
@@ -17,13 +18,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from check_scale import resident_bytes, write_pictures, write_records
+from check_scale import record, resident_bytes, write_pictures, write_records
 
 from vltrain.config import DataConfig
 from vltrain.data.dataset import RecordReader, SampleDataset
+from vltrain.data.encoding import Sample
 from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import pack
 from vltrain.data.prepared import prepare
+from vltrain.data.records import Record
+from vltrain.data.sample_table import SampleTable, TableWriter, rows_of
 from vltrain.models.qwen_vl.processing import QwenVLImageProcessor, QwenVLProcessor
 from vltrain.models.qwen_vl.tokenization import QwenVLTokenizer
 
@@ -32,12 +36,26 @@ READ_SAMPLES = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--records", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--tables", type=int, nargs="*", default=[])
     parser.add_argument("--start", type=Path, help="measure one start on this data file")
+    parser.add_argument("--open", type=Path, help="measure to open the table in this folder")
     options = parser.parse_args()
     if options.start:
         print(json.dumps(start(options.start)))
+        return
+    if options.open:
+        print(opened(options.open))
+        return
+    for count in options.tables:
+        with tempfile.TemporaryDirectory() as folder:
+            write_table(Path(folder), count)
+            command = [sys.executable, __file__, "--open", folder]
+            told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        print(f"table of {count} records: {told.strip()}", flush=True)
+        print(f"{count} samples: {packed(count)}", flush=True)
+    if not options.records:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), options.pictures)
@@ -47,7 +65,6 @@ def main() -> None:
             for name in ("first", "second"):
                 print(f"{count} records, {name} start: {measured(file)}", flush=True)
             file.unlink()
-            print(f"{count} records: {packed(count)}", flush=True)
 
 
 def start(file: Path) -> dict[str, float]:
@@ -69,6 +86,34 @@ def start(file: Path) -> dict[str, float]:
     for number in np.random.default_rng(0).integers(len(samples), size=READ_SAMPLES):
         samples[number]
     return figures | {"after_reading": own_mib()}
+
+
+def write_table(folder: Path, count: int) -> None:
+    """A table of records, as a run keeps it, the numbers of their samples made up."""
+    sample = Sample([1, 2, 3], [-100, 2, 3], [])
+    with TableWriter(folder) as writer:
+        for first in range(0, count, 500):
+            numbers = range(first, min(first + 500, count))
+            kept = [(Record(Path("a.jsonl"), n, record(n, 20_000)), sample) for n in numbers]
+            writer.write(rows_of(kept))
+
+
+def opened(folder: Path) -> str:
+    """What a process holds that opens a table, and then reads some of it."""
+    import datasets  # noqa: F401 (what it takes itself is no matter of the table)
+
+    before = own_mib()
+    begin = time.perf_counter()
+    table = SampleTable.open(folder)
+    lengths = table.numbers["tokens"]
+    assert int(lengths.sum(dtype=np.int64)) == 3 * len(lengths)
+    seconds, ready = time.perf_counter() - begin, own_mib()
+    for number in np.random.default_rng(0).integers(len(table), size=READ_SAMPLES):
+        table.record(int(number))
+    return (
+        f"{before:.0f} MiB before, {ready:.0f} opened and all lengths read ({seconds:.2f} s), "
+        f"{own_mib():.0f} after {READ_SAMPLES} records"
+    )
 
 
 def own_mib() -> float:
