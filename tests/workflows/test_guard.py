@@ -17,7 +17,6 @@ from vltrain.training.run_dir import RunDir
 from vltrain.workflows.guard import (
     data_fingerprint,
     guarded,
-    memory_advice,
     refuse_changed_data,
 )
 
@@ -121,35 +120,6 @@ def test_a_gpu_without_memory_is_an_error_with_what_to_change(tmp_path: Path):
         "trainer.gradient_accumulation_steps: 16; the losses stay\n"
     )
     assert error.value.exit_code == 3
-
-
-@pytest.mark.parametrize(
-    ("method", "settings", "first_words"),
-    [
-        (
-            "lora",
-            ("trainer.gradient_checkpointing=false", "lora.embeddings=false", "data.too_long=drop"),
-            ["trainer.gradient_checkpointing: true", "lora.r: 32"],
-        ),
-        (
-            "lora",
-            ("data.packing=true",),
-            ["data.max_length: 1024", "lora.embeddings: false", "lora.r: 32"],
-        ),
-        (
-            "full",
-            (),
-            ["a lower data.max_length", "trainer.optim: adamw_bnb_8bit", "vltrain lora"],
-        ),
-    ],
-)
-def test_advice_begins_with_what_costs_least_and_leaves_out_what_is_done(
-    tmp_path: Path, method, settings, first_words
-):
-    advice = memory_advice(recipe_of(tmp_path / "run", *settings, method=method))
-
-    assert len(advice) == len(first_words)
-    assert all(line.startswith(words) for line, words in zip(advice, first_words, strict=True))
 
 
 def test_a_full_disk_is_an_error_whoever_wrote(tmp_path: Path):

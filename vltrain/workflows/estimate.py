@@ -23,6 +23,7 @@ from vltrain.training.arguments import step_count, training_arguments
 from vltrain.training.engines import Machine, choose_engine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
+from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
@@ -30,7 +31,6 @@ from vltrain.workflows.memory import (
     largest_batch_of,
     load_of,
     parts,
-    refuse_what_cannot_fit,
     show_memory,
     work_of,
 )
@@ -107,7 +107,7 @@ def estimate_run(
     run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
     if probe and halves is not None and can_be_probed(halves, gpus):
-        refuse_what_cannot_fit(run, gpu_memory() or 0)
+        refuse_what_cannot_fit(recipe, run, gpu_memory() or 0)
         epoch = probe_epoch(recipe, base, halves)
     if as_json:
         print(json.dumps(as_object(recipe, run, gpu_bytes, epoch)))

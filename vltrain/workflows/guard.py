@@ -18,6 +18,7 @@ from vltrain.training.lock import locked
 from vltrain.training.processes import is_first
 from vltrain.training.run_dir import RunDir
 from vltrain.training.stopping import StopSignals
+from vltrain.workflows.advice import memory_advice
 
 
 @contextmanager
@@ -51,35 +52,6 @@ def out_of_memory(recipe: Recipe, error: torch.OutOfMemoryError) -> GpuMemoryErr
     return GpuMemoryError.at(
         f"vltrain {recipe.method}", what=said, fix="\n       ".join(memory_advice(recipe))
     )
-
-
-def memory_advice(recipe: Recipe) -> list[str]:
-    """What makes a run smaller, in order of what it costs; what is done already is left out."""
-    trainer, data = recipe.trainer, recipe.data
-    batch = trainer["per_device_train_batch_size"]
-    steps = trainer["gradient_accumulation_steps"]
-    advice = []
-    if not trainer["gradient_checkpointing"]:
-        advice.append("trainer.gradient_checkpointing: true; the losses stay, a step takes longer")
-    if batch > 1:
-        advice.append(
-            f"trainer.per_device_train_batch_size: {(batch + 1) // 2} and "
-            f"trainer.gradient_accumulation_steps: {steps * 2}; the losses stay"
-        )
-    if data.packing:
-        advice.append(f"data.max_length: {data.max_length // 2}; rows are as long as that")
-    elif data.too_long != "drop":
-        advice.append(
-            "a lower data.max_length with data.too_long: drop; the longest samples are left out"
-        )
-    if recipe.method == "full":
-        advice.append("trainer.optim: adamw_bnb_8bit; a quarter of the optimizer's memory")
-        advice.append("vltrain lora; adapters learn in the place of all weights")
-    else:
-        if recipe.lora.embeddings is not False:
-            advice.append("lora.embeddings: false; the embeddings do not learn then")
-        advice.append(f"lora.r: {max(1, recipe.lora.r // 2)}; smaller adapters")
-    return advice
 
 
 def data_fingerprint(data: DataConfig, samples: SampleDataset) -> dict[str, Any]:

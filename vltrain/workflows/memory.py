@@ -1,7 +1,7 @@
 """What a run will take of a GPU's memory, shown before it starts; what cannot fit is refused."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +22,10 @@ from vltrain.training.memory import (
     Estimate,
     estimate,
     largest_batch,
-    scaled,
 )
 from vltrain.training.moments import Sharing, Work
 from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows.run_data import Halves
-
-# The estimate may be a tenth too high: only what is over by more than that is refused.
-CERTAIN_SHARE = 0.9
 
 LABELS: dict[Place, str] = {
     "vision": "vision tower",
@@ -259,46 +255,3 @@ def _verdict(run: RunMemory, gpu_bytes: int) -> str:
     if not most:
         return f"{needs}: not even a batch of 1 fits"
     return f"{needs}: a batch of up to {most} fits"
-
-
-def refuse_what_cannot_fit(run: RunMemory, gpu_bytes: int) -> None:
-    """Raise VltrainError where a run needs more than a GPU has, the estimate's error allowed for.
-
-    The fix names what helps, the cheapest change first, each with what it comes to.
-    """
-    memory = run.estimate
-    if memory.needed * CERTAIN_SHARE <= gpu_bytes:
-        return
-    raise VltrainError.at(
-        "memory",
-        what=(
-            f"the run needs about {memory.needed / GIB:.1f} GiB of GPU memory, "
-            f"and the GPU has {gpu_bytes / GIB:.1f}"
-        ),
-        fix="; ".join(
-            [*remedies(run), "with memory_check: false the run is tried as it is"],
-        ),
-    )
-
-
-def remedies(run: RunMemory) -> list[str]:
-    """What would lower the memory, in order of what it costs, each with the memory it comes to."""
-    tried: list[tuple[str, RunMemory]] = []
-    work, compute = run.work, run.work.compute
-    if not compute.checkpointing:
-        changed = replace(work, compute=replace(compute, checkpointing=True))
-        tried.append(("set trainer.gradient_checkpointing: true", replace(run, work=changed)))
-    if run.batch.rows > 1:
-        fewer = scaled(run.batch, 1)
-        tried.append(("set trainer.per_device_train_batch_size: 1", replace(run, batch=fewer)))
-    if run.batch.row_tokens > 1024:
-        shorter = replace(
-            run.batch,
-            row_tokens=1024,
-            learned_tokens=min(run.batch.learned_tokens, run.batch.rows * 1024),
-        )
-        tried.append(("set data.max_length: 1024", replace(run, batch=shorter)))
-    if "8bit" not in work.optimizer.name:
-        changed = replace(work, optimizer=Optimizer("adamw_8bit"))
-        tried.append(("set trainer.optim: adamw_8bit", replace(run, work=changed)))
-    return [f"{words} ({less.estimate.needed / GIB:.1f} GiB)" for words, less in tried]

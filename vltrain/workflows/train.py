@@ -51,13 +51,13 @@ from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
+from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.guard import data_fingerprint, guarded, refuse_changed_data
 from vltrain.workflows.memory import (
     RunMemory,
     gpu_memory,
     largest_batch_of,
     load_of,
-    refuse_what_cannot_fit,
     show_memory,
     work_of,
 )
@@ -236,7 +236,7 @@ def check_memory(
     )
     show_memory(console, run, gpu_bytes)
     if recipe.memory_check:
-        refuse_what_cannot_fit(run, gpu_bytes)
+        refuse_what_cannot_fit(recipe, run, gpu_bytes)
 
 
 def read_base(model: str) -> Base:

@@ -1,0 +1,144 @@
+"""What makes a run smaller, in order of what it costs, and what each change comes to."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from vltrain.config import Recipe
+from vltrain.errors import VltrainError
+from vltrain.models.sizes import Place, PlaceWeights
+from vltrain.training.memory import GIB, scaled
+from vltrain.training.optimizer_bytes import Optimizer
+from vltrain.workflows.memory import RunMemory
+
+# The estimate may be a tenth too high: only what is over by more than that is refused.
+CERTAIN_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change to a recipe."""
+
+    words: str  # what to write, and what it costs
+    smaller: Callable[[RunMemory], RunMemory] | None = None  # None: what it comes to is not known
+
+
+def memory_advice(recipe: Recipe, run: RunMemory | None = None) -> list[str]:
+    """What makes a run smaller, the cheapest first; what is done already is left out.
+
+    Args:
+        run: as it is now; each change then has the memory that the run would need with it.
+    """
+    lines = []
+    for advice in _changes(recipe):
+        if run is None or advice.smaller is None:
+            lines.append(advice.words)
+        else:
+            needed = advice.smaller(run).estimate.needed / GIB
+            lines.append(f"{advice.words} (about {needed:.1f} GiB)")
+    return lines
+
+
+def refuse_what_cannot_fit(recipe: Recipe, run: RunMemory, gpu_bytes: int) -> None:
+    """Raise VltrainError where a run needs more than a GPU has, the estimate's error allowed for.
+
+    The fix names what helps, the cheapest change first, each with what it comes to.
+    """
+    needed = run.estimate.needed
+    if needed * CERTAIN_SHARE <= gpu_bytes:
+        return
+    raise VltrainError.at(
+        "memory",
+        what=(
+            f"the run needs about {needed / GIB:.1f} GiB of GPU memory, "
+            f"and the GPU has {gpu_bytes / GIB:.1f}"
+        ),
+        fix="\n       ".join(
+            [*memory_advice(recipe, run), "memory_check: false; the run is tried as it is"]
+        ),
+    )
+
+
+def _changes(recipe: Recipe) -> Iterator[Advice]:
+    trainer, data = recipe.trainer, recipe.data
+    batch = trainer["per_device_train_batch_size"]
+    steps = trainer["gradient_accumulation_steps"]
+    if not trainer["gradient_checkpointing"]:
+        yield Advice(
+            "trainer.gradient_checkpointing: true; the losses stay, a step takes longer",
+            _recomputing,
+        )
+    if batch > 1:
+        half = (batch + 1) // 2
+        yield Advice(
+            f"trainer.per_device_train_batch_size: {half} and "
+            f"trainer.gradient_accumulation_steps: {steps * 2}; the losses stay",
+            lambda run: replace(run, batch=scaled(run.batch, half)),
+        )
+    if data.packing:
+        yield Advice(
+            f"data.max_length: {data.max_length // 2}; rows are as long as that", _half_as_long
+        )
+    elif data.too_long != "drop":
+        yield Advice(
+            "a lower data.max_length with data.too_long: drop; the longest samples are left out"
+        )
+    if recipe.method == "full":
+        yield Advice(
+            "trainer.optim: adamw_bnb_8bit; a quarter of the optimizer's memory",
+            lambda run: _with_optimizer(run, "adamw_bnb_8bit"),
+        )
+        yield Advice("vltrain lora; adapters learn in the place of all weights")
+        return
+    if recipe.lora.embeddings is not False:
+        yield Advice(
+            "lora.embeddings: false; the embeddings do not learn then", _resting_embeddings
+        )
+    yield Advice(f"lora.r: {max(1, recipe.lora.r // 2)}; smaller adapters", _half_the_rank)
+
+
+def _recomputing(run: RunMemory) -> RunMemory:
+    compute = replace(run.work.compute, checkpointing=True)
+    return replace(run, work=replace(run.work, compute=compute))
+
+
+def _half_as_long(run: RunMemory) -> RunMemory:
+    batch = replace(
+        run.batch,
+        row_tokens=run.batch.row_tokens // 2,
+        learned_tokens=run.batch.learned_tokens // 2,
+        pictures=-(-run.batch.pictures // 2),
+    )
+    return replace(run, batch=batch)
+
+
+def _with_optimizer(run: RunMemory, name: str) -> RunMemory:
+    return replace(run, work=replace(run.work, optimizer=Optimizer(name)))
+
+
+def _resting_embeddings(run: RunMemory) -> RunMemory:
+    """Without the copies of embeddings and head that learn beside an adapter."""
+    places: tuple[Place, ...] = ("embeddings", "head")
+    resting = {
+        place: PlaceWeights(
+            total=there.total - there.learned, total_bytes=there.total_bytes - there.learned_bytes
+        )
+        for place, there in ((place, run.census.at(place)) for place in places)
+    }
+    return replace(run, census=replace(run.census, places={**run.census.places, **resting}))
+
+
+def _half_the_rank(run: RunMemory) -> RunMemory:
+    own = run.census.at("adapter")
+    half = PlaceWeights(
+        own.total // 2,
+        own.learned // 2,
+        own.learned_matrices // 2,
+        own.total_bytes // 2,
+        own.learned_bytes // 2,
+    )
+    census = replace(
+        run.census,
+        places={**run.census.places, "adapter": half},
+        adapters=replace(run.census.adapters, ranks=run.census.adapters.ranks // 2),
+    )
+    return replace(run, census=census)
