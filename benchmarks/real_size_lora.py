@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -55,7 +56,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, config: QwenVLConfig, tokens: int, count: int) -> None:
         self.config, self.tokens, self.count = config, tokens, count
-        self.lengths = [tokens] * count
+        self.lengths = np.full(count, tokens)
 
     def __len__(self) -> int:
         return self.count

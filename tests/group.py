@@ -6,6 +6,7 @@ trains one recipe after the other in the same processes. Starting and importing 
 small run's time.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def main(recipes: Sequence[str]) -> None:
     quiet_loggers()
     for recipe in recipes:
         train(read_resolved(Path(recipe)))
+        gc.collect()  # the engine of one run refers to itself
     leave_group()
 
 

@@ -2,7 +2,9 @@
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -45,23 +47,31 @@ QWEN_VL_CONFIG = {
 }
 
 
-def write_qwen_vl(folder: Path, *, seed: int = 0, chat_tuned: bool = True) -> Path:
+def write_qwen_vl(
+    folder: Path,
+    *,
+    seed: int = 0,
+    chat_tuned: bool = True,
+    config: Mapping[str, Any] = QWEN_VL_CONFIG,
+) -> Path:
     """A Qwen-VL of 2 layers with random weights: every byte is a token, 56-pixel pictures.
 
     Args:
         folder: made if it is not there.
         seed: of the weights.
+        config: its `config.json`; the weights are of the dtype that it names.
         chat_tuned: whether its generation settings say so, as the published chat model's do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = (b"%s %d" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
     (folder / "qwen.tiktoken").write_bytes(b"\n".join(ranks) + b"\n")
-    (folder / "config.json").write_text(json.dumps(QWEN_VL_CONFIG, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "QWenTokenizer"}')
     settings = {"chat_format": "chatml" if chat_tuned else "raw", "do_sample": True, "top_p": 0.3}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     torch.manual_seed(seed)
-    model = QwenVLForConditionalGeneration(QwenVLConfig.from_published(dict(QWEN_VL_CONFIG)))
+    model = QwenVLForConditionalGeneration(QwenVLConfig.from_published(dict(config)))
+    model.to(getattr(torch, config["torch_dtype"]))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -98,6 +98,10 @@ def test_one_process_needs_no_engine(choice):
     assert chosen(choice, processes=1, grouped=False).name == "none"
 
 
+def test_one_process_of_torchruns_is_a_group_of_one():
+    assert chosen("auto", processes=1, grouped=True).name == "ddp"
+
+
 def test_several_processes_on_cpus_run_ddp():
     engine = chosen()
 

@@ -110,7 +110,7 @@ def choose_engine(
             return Engine("deepspeed", "the recipe asks for it", read_deepspeed(deepspeed))
         fitting, reason = _smallest_that_fits(machine, load(), allow_ddp=False)
         return Engine("deepspeed", reason, read_deepspeed(fitting))
-    if machine.processes == 1:
+    if not machine.grouped:
         return NO_ENGINE
     if choice == "ddp":
         return Engine("ddp", "the recipe asks for it")

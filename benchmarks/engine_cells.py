@@ -1,0 +1,167 @@
+"""What the processes of `engines_gpu.py` do: runs of recipes, and steps at the real size.
+
+    torchrun --nproc-per-node 2 benchmarks/engine_cells.py train RESULTS RECIPE...
+    torchrun --nproc-per-node 2 benchmarks/engine_cells.py speed RESULTS '{"engine": "ddp", …}'
+
+Each cell that ends well adds one JSON object to the file RESULTS.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_size_lora import TOY, Samples, StepClock
+from torch import distributed
+from transformers import PrinterCallback, TrainingArguments
+
+from vltrain.config import FreezeConfig, read_resolved
+from vltrain.data.collation import Collator
+from vltrain.models.adapters import Adapter, add_lora, learns_to_see, set_learned
+from vltrain.models.catalog import QWEN_VL
+from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+from vltrain.training.engines import NO_ENGINE, Engine, engine_settings, read_deepspeed
+from vltrain.training.processes import is_first, leave_group, process_count
+from vltrain.training.run_dir import RunDir
+from vltrain.training.trainer import Trainer
+from vltrain.workflows.quiet import quiet_loggers
+from vltrain.workflows.train import train
+
+WARMUP_STEPS = 1  # run before the measured ones
+
+
+def note(results: Path, cell: dict[str, Any]) -> None:
+    """Add a cell to the results, once for all processes."""
+    if is_first():
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+
+
+def train_recipe(file: Path) -> dict[str, Any]:
+    """A run of vltrain; its losses, and the most memory a GPU allocated."""
+    started = time.perf_counter()
+    recipe = read_resolved(file)
+    train(recipe)
+    rows = RunDir(recipe.output).read_metrics()
+    environment = json.loads((recipe.output / "environment.json").read_text())
+    return {
+        "cell": recipe.output.name,
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "engine": environment["engine"],
+        "zero_stage": environment["zero_stage"],
+        "world_size": environment["world_size"],
+        "peak_gib": peak_gib(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Steps of the real size with random weights: seconds, tokens a second and GPU, memory.
+
+    Args:
+        wanted: `engine` ("none", "ddp", "fsdp2" or a name of ds_configs/), `method`, `tokens`,
+            `steps`, `accumulation`, `toy`.
+    """
+    on_gpu = torch.cuda.is_available()
+    engine = engine_named(wanted["engine"])
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=WARMUP_STEPS + wanted["steps"],
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=wanted["accumulation"],
+        gradient_checkpointing=True,
+        learning_rate=1e-4,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=4 if on_gpu else 0,
+        **engine_settings(engine),
+    )
+    model = random_model(arguments.device, toy=wanted["toy"])
+    config = model.config
+    if wanted["method"] == "full":
+        model = set_learned(model, QWEN_VL, FreezeConfig())
+    else:
+        model = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
+    assert wanted["method"] == "full" or not learns_to_see(model, QWEN_VL)
+    steps = WARMUP_STEPS + wanted["steps"]
+    samples = wanted["accumulation"] * process_count() * steps
+    clock = StepClock()
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Samples(config, wanted["tokens"], samples),
+        data_collator=Collator(pad_id=151643),
+        callbacks=[clock],
+        engine=engine,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    seconds = statistics.median(clock.seconds[WARMUP_STEPS:])
+    return {
+        **wanted,
+        "cell": f"speed-{wanted['method']}-{wanted['engine']}-x{process_count()}",
+        "world_size": process_count(),
+        "seconds_per_step": seconds,
+        "tokens_per_second_and_gpu": wanted["tokens"] * wanted["accumulation"] / seconds,
+        "all_seconds": clock.seconds,
+        "peak_gib": peak_gib(),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+
+
+def engine_named(name: str) -> Engine:
+    """The engine of a cell."""
+    if name == "none":
+        return NO_ENGINE
+    if name in ("ddp", "fsdp2"):
+        return Engine(name, "a cell asks for it", layers=QWEN_VL.layers)
+    return Engine("deepspeed", "a cell asks for it", read_deepspeed(name))
+
+
+def random_model(device: torch.device, *, toy: bool) -> QwenVLForConditionalGeneration:
+    """A Qwen-VL in bf16, made on its device; the same in every process."""
+    config = QwenVLConfig(**(TOY if toy else {}))
+    config._attn_implementation = "sdpa"
+    config.use_cache = False
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with device:
+        model = QwenVLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def peak_gib() -> float | None:
+    """The most memory that a GPU has allocated since the last call, of all processes."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device="cuda")
+    if distributed.is_initialized():
+        distributed.all_reduce(peak, distributed.ReduceOp.MAX)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return float(peak)
+
+
+def main(kind: str, results: str, *cells: str) -> None:
+    quiet_loggers()
+    for cell in cells:
+        made = train_recipe(Path(cell)) if kind == "train" else measure_speed(json.loads(cell))
+        note(Path(results), made)
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
