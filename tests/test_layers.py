@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "vltrain"
 # From what is below to what is above; floors in one row do not know each other.
 FLOORS = (
     ("errors",),
-    ("recipe_yaml", "hub_names"),
+    ("recipe_yaml", "recipe_types", "hub_names"),
+    ("method_config",),
     ("config",),
     ("data", "models", "demo"),
     ("training", "evaluation"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 
@@ -75,6 +75,46 @@ def write_qwen_vl(
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def write_gptq(folder: Path, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """`write_qwen_vl`, its decoder packed to 4 bits as Qwen-VL-Chat-Int4 is published.
+
+    Groups of 128 inputs, symmetric, and a bias on every packed layer, of zeros where the plain one
+    has none.
+
+    Returns:
+        The weights that the packed layers stand for, float32 [out, in] by layer.
+    """
+    write_qwen_vl(folder, seed=seed)
+    tensors = load_file(folder / "model.safetensors")
+    plain = {}
+    linear = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+    for layer in [f"transformer.h.{number}.{name}" for number in range(2) for name in linear]:
+        outputs, inputs = tensors.pop(f"{layer}.weight").shape
+        codes = torch.randint(0, 16, (inputs, outputs))
+        scales = torch.rand(inputs // 128, outputs).add(0.5).mul(0.005).half()
+        groups = torch.arange(inputs) // 128
+        plain[layer] = ((codes - 8) * scales[groups].float()).T.contiguous()
+        tensors[f"{layer}.qweight"] = _pack(codes.T, inputs).T.contiguous()
+        # this layout stores each zero point, 8, less one
+        tensors[f"{layer}.qzeros"] = _pack(torch.full(scales.shape, 7), outputs)
+        tensors[f"{layer}.scales"] = scales
+        tensors[f"{layer}.g_idx"] = groups.int()
+        tensors.setdefault(f"{layer}.bias", torch.zeros(outputs))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings | {"quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+def _pack(codes: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers of 4 bits, int64 [rows, count], as int32 [rows, count / 8], the first one lowest."""
+    shifts = torch.arange(0, 32, 4)
+    words = (codes.reshape(-1, count // 8, 8) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def write_conversations(folder: Path) -> Path:

@@ -189,6 +189,21 @@ def lora(
     _train("lora", recipe, model, data, output, gpus, overrides)
 
 
+@app.command()
+def qlora(
+    recipe: RecipePath = None,
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train low-rank adapters on a base held in 4 bits.
+
+    A bf16 base is quantized while it is read; one that GPTQ has packed is taken as it is.
+    """
+    _train("qlora", recipe, model, data, output, overrides)
+
+
 def _train(
     method: "Method",
     recipe: Path | None,

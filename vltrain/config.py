@@ -12,31 +12,31 @@ and is given to it by the workflow that trains.
 import difflib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from vltrain.errors import VltrainError
+from vltrain.method_config import (
+    FOREIGN_SECTIONS,
+    FreezeConfig,
+    FullConfig,
+    LearningRates,
+    LoraConfig,
+    Method,
+    QuantizeConfig,
+    foreign_sections,
+    method_faults,
+)
+from vltrain.recipe_types import STRICT, UserPath
 from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
 
-Method = Literal["full", "lora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 EngineChoice = Literal["auto", "ddp", "deepspeed", "fsdp2"]
-
-STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-def _at_home(path: Path) -> Path:
-    """A path with its `~` read, as a shell has read it in a flag."""
-    return Path(os.path.expanduser(path))  # unlike Path.expanduser, leaves an unknown user alone
-
-
-UserPath = Annotated[Path, AfterValidator(_at_home)]
 
 
 @dataclass(frozen=True)
@@ -91,30 +91,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """How large the adapters are and where they sit."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    r: Annotated[int, Ge(1)] = 64
-    alpha: Annotated[float, Gt(0)] = 16
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
-    targets: tuple[str, ...] | str | None = None  # names, or one pattern; None: the family's
-    embeddings: Literal["auto"] | bool = "auto"  # learn them whole; auto: base is not chat-tuned
-
-
-@dataclass(frozen=True)
-class FreezeConfig:
-    """Which parts of the model stay as they are."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    vision: bool = True
-    projector: bool | None = None  # None: frozen under lora; full learns what the family says
-    language: bool = False
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One run, whole: what learns, from what, how, and where the result goes."""
 
@@ -128,7 +104,10 @@ class Recipe:
     engine: EngineChoice = "auto"  # spreads a run over processes; auto: by size, GPUs and memory
     deepspeed: str | None = None  # a name of ds_configs/ (zero1, zero2, zero3, …) or a file's path
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    full: FullConfig = field(default_factory=FullConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    lr: LearningRates = field(default_factory=LearningRates)
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
@@ -139,7 +118,14 @@ class Recipe:
         return self.engine in ("deepspeed", "fsdp2") or self.deepspeed is not None
 
 
-SECTIONS = {"data": DataConfig, "lora": LoraConfig, "freeze": FreezeConfig}
+SECTIONS = {
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "quantize": QuantizeConfig,
+    "full": FullConfig,
+    "freeze": FreezeConfig,
+    "lr": LearningRates,
+}
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 5,
@@ -155,8 +141,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "seed": 42,
     "report_to": "tensorboard",
 }
+ADAPTER_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "gradient_accumulation_steps": 8}
 METHOD_DEFAULTS: dict[Method, dict[str, Any]] = {
-    "lora": {"learning_rate": 1e-4, "gradient_accumulation_steps": 8},
+    "lora": ADAPTER_DEFAULTS,
+    "qlora": ADAPTER_DEFAULTS,
     "full": {"learning_rate": 1e-5, "gradient_accumulation_steps": 16},
 }
 
@@ -248,8 +236,8 @@ def read_resolved(path: Path) -> Recipe:
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal one."""
     values = TypeAdapter(Recipe).dump_python(recipe, mode="json")
-    if recipe.method == "full":
-        del values["lora"]
+    for section in foreign_sections(recipe.method):
+        del values[section]
     return to_yaml(values)
 
 
@@ -263,11 +251,15 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     """The known dotted key most like `key`: in its own section, else by its last word."""
     section, _, leaf = key.rpartition(".")
     leaves = {name.rpartition(".")[2]: name for name in known}
-    siblings = {last: name for last, name in leaves.items() if name.rpartition(".")[0] == section}
+    siblings = {name.removeprefix(f"{section}."): name for name in known if _lies_in(name, section)}
     for choices, cutoff in ((siblings, 0.6), (leaves, 0.8)):
         if found := difflib.get_close_matches(leaf, choices, n=1, cutoff=cutoff):
             return choices[found[0]]
     return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+
+
+def _lies_in(key: str, section: str) -> bool:
+    return key.rpartition(".")[0] == section
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -295,10 +287,11 @@ def _place(values: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[str, str]) -> Recipe:
-    if method == "full" and values.get("lora"):
-        raise VltrainError.at(
-            where, what="a full run has no adapter", fix="take out `lora:`, or run vltrain lora"
-        )
+    for section in foreign_sections(method):
+        if values.get(section):
+            why, instead = FOREIGN_SECTIONS[section]
+            fix = f"take out `{section}:`, or {instead}"
+            raise VltrainError.at(where, what=f"a {method} run {why}", fix=fix)
     # A section with every line commented out is null in YAML and empty to its writer.
     empty = {key: {} for key in (*SECTIONS, "trainer") if key in values and values[key] is None}
     values = values | empty
@@ -337,7 +330,7 @@ def _with_defaults(recipe: Recipe) -> dict[str, Any]:
 
 
 def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) -> None:
-    data, freeze, trainer = recipe.data, recipe.freeze, recipe.trainer
+    data, trainer = recipe.data, recipe.trainer
 
     def refuse(key: str, what: str, fix: str) -> None:
         raise VltrainError.at(_origin(key, where, origins), what=what, fix=fix)
@@ -395,8 +388,17 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
             "an eval loss is asked for and there is nothing to measure it on",
             "give data.eval_files or data.eval_share",
         )
-    if recipe.method == "full" and freeze.vision and freeze.projector and freeze.language:
-        refuse("freeze", "all parts are frozen: nothing would learn", "unfreeze one of them")
+    for fault in method_faults(
+        recipe.method,
+        recipe.dtype,
+        recipe.lora,
+        recipe.freeze,
+        recipe.quantize,
+        recipe.full,
+        recipe.lr,
+        trainer,
+    ):
+        refuse(*fault)
 
 
 def _streaming_faults(recipe: Recipe) -> Iterator[tuple[str, str, str]]:

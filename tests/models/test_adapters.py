@@ -21,6 +21,7 @@ from vltrain.models.adapters import (
     add_lora,
     count_parts,
     set_learned,
+    widen_learned,
     wrap_plain_layers_first,
 )
 from vltrain.models.catalog import QWEN_VL
@@ -167,18 +168,6 @@ def test_targets_that_the_model_lacks_are_refused_by_name(base):
         adapted(base, targets=("q_proj",))
 
 
-@pytest.mark.parametrize(
-    ("freeze", "key"),
-    [
-        (FreezeConfig(language=True), "freeze.language"),
-        (FreezeConfig(vision=False), "freeze.vision"),
-    ],
-)
-def test_what_lora_cannot_do_is_refused_by_its_key(base, freeze, key):
-    with pytest.raises(VltrainError, match=key.replace(".", r"\.")):
-        adapted(base, freeze=freeze)
-
-
 def test_what_learns_is_float32_beside_a_base_in_bfloat16(base):
     model = adapted(base, dtype="bf16", freeze=FreezeConfig(projector=False), embeddings=True)
 
@@ -188,6 +177,7 @@ def test_what_learns_is_float32_beside_a_base_in_bfloat16(base):
 
 def test_full_learns_in_float32_beside_a_vit_in_bfloat16(base):
     model = set_learned(load_model(base, dtype="bf16"), QWEN_VL, FreezeConfig())
+    widen_learned(model)
 
     dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}

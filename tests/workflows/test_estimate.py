@@ -32,7 +32,8 @@ from vltrain.workflows.estimate import (
     run_memory,
 )
 from vltrain.workflows.memory import largest_batch_of, packed_batch, padded_batch, sharing_of
-from vltrain.workflows.train import prepare_model, read_base, read_halves, train
+from vltrain.workflows.prepare import hold_weights, prepare_model
+from vltrain.workflows.train import read_base, read_halves, train
 
 NO_CONSOLE = Console(file=io.StringIO())
 
@@ -221,8 +222,10 @@ def test_weights_gradients_and_states_are_those_that_torch_allocates(
     batch = largest_batch_of(recipe, read.family.read_sizes(read.config), halves, arguments)
     memory = run_memory(recipe, read, arguments, batch).estimate
     held = Held()
+    model = prepare_model(recipe, read.family, read.folder, device=arguments.device, seed=0)
+    hold_weights(model, recipe, gpu_bytes=None)
     Trainer(
-        model=prepare_model(recipe, read, seed=0),
+        model=model,
         args=arguments,
         train_dataset=halves.train,
         data_collator=Collator(read.processor.pad_id),

@@ -15,28 +15,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from runs import metrics, quick, refused, run, weights
+from safetensors.torch import save_file
 from tiny import write_conversations, write_qwen_vl
 from torch import Tensor
 
-from vltrain.config import Recipe, load_recipe, recipe_to_yaml
+from vltrain.config import load_recipe, recipe_to_yaml
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
 from vltrain.models.fingerprint import weights_hash
 from vltrain.training.arguments import training_arguments
 from vltrain.training.run_dir import RunDir
 from vltrain.workflows.merge import merge
-from vltrain.workflows.train import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-QUICK = (
-    "trainer.max_steps=6",
-    "trainer.per_device_train_batch_size=1",
-    "trainer.gradient_accumulation_steps=2",
-    "trainer.learning_rate=1e-2",
-    "trainer.report_to=none",
-)
 
 PACKED = (
     "data.packing=true",
@@ -53,36 +45,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data"))
-
-
-def quick(base: Path, data: Path, out: Path, *overrides: str, method: str = "lora") -> Recipe:
-    settings = [*QUICK, *(["lora.r=4"] if method == "lora" else []), *overrides]
-    return load_recipe(
-        None, method=method, model=str(base), data=[data], output=out, overrides=settings
-    )
-
-
-def run(recipe: Recipe) -> str:
-    """Train; what was shown."""
-    console = Console(file=io.StringIO(), width=200)
-    train(recipe, console)
-    return console.file.getvalue()
-
-
-def refused(recipe: Recipe) -> str:
-    """The error of a run that is refused, with what was shown before it."""
-    console = Console(file=io.StringIO(), width=300)
-    with pytest.raises(VltrainError) as error:
-        train(recipe, console)
-    return console.file.getvalue() + str(error.value)
-
-
-def metrics(out: Path, key: str = "loss") -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in RunDir(out).read_metrics() if key in row]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -463,13 +425,6 @@ def test_ids_that_the_model_lacks_are_refused(qwen_vocabulary, tmp_path):
     assert f"texts.json#0: has the id 151645, and the model of {base} knows those below {rows}" in (
         told
     )
-
-
-@pytest.mark.parametrize("key", ["freeze.language=true", "freeze.vision=false"])
-def test_parts_that_lora_cannot_serve_are_refused_before_weights_are_read(
-    unreadable_base, data, tmp_path, key
-):
-    assert key.split("=")[0] in refused(quick(unreadable_base, data, tmp_path / "run", key))
 
 
 def test_a_base_that_is_not_whole_is_refused(unreadable_base, data, tmp_path):

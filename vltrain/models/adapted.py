@@ -1,21 +1,39 @@
 """An adapter's folder and the base that it was trained on, back together as a model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
-from vltrain.models.adapters import wrap_plain_layers_first
+from vltrain.models.adapters import learn_beside, wrap_plain_layers_first
 from vltrain.models.catalog import ADAPTER_CONFIG, is_adapter, read_json
+from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import LISTED, load_model
 from vltrain.models.saving import ORIGIN_FILE, Origin
 
 RUN_ENVIRONMENT = "environment.json"  # names the base for all checkpoints of a run
+
+BESIDE = "freeze and lora.embeddings"
+SHAPE_KEYS = {
+    "lora.r": "r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules",
+    "lora.rank_pattern": "rank_pattern",
+    "lora.alpha_pattern": "alpha_pattern",
+    "lora.dora": "use_dora",
+    "lora.rslora": "use_rslora",
+    BESIDE: "modules_to_save",
+}
+"""A recipe's keys and what `peft` calls them."""
 
 
 def read_origin(adapter: Path) -> Origin:
@@ -95,11 +113,26 @@ def load_adapted(
     Raises:
         VltrainError: the adapter does not fit the base, or has not been read whole.
     """
-    model = load_model(base.path, dtype=dtype)
+    return attach(load_model(base.path, dtype=dtype), adapter).eval()
+
+
+def attach(model: PreTrainedModel, adapter: Path, *, learning: bool = False) -> PeftModel:
+    """A model with an adapter beside its weights, every tensor of it accounted for.
+
+    Args:
+        model: the adapter's base, loaded.
+        adapter: the adapter's folder.
+        learning: whether the adapter goes on learning.
+
+    Raises:
+        VltrainError: the adapter does not fit the base, or has not been read whole.
+    """
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         wrap_plain_layers_first(config)
-        adapted = PeftModel.from_pretrained(model, str(adapter), config=config)
+        adapted = PeftModel.from_pretrained(
+            model, str(adapter), config=config, is_trainable=learning
+        )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise VltrainError.at(
             str(adapter),
@@ -107,7 +140,67 @@ def load_adapted(
             fix="copy the whole folder that the run wrote",
         ) from error
     _refuse_incomplete(adapter, adapted)
-    return adapted.eval()
+    return adapted
+
+
+def saved_shape(adapter: Path) -> LoraConfig:
+    """The shape of a saved LoRA adapter.
+
+    Raises:
+        VltrainError: the folder is no adapter, or one of another kind.
+    """
+    config = PeftConfig.from_pretrained(str(adapter)) if is_adapter(adapter) else None
+    if not isinstance(config, LoraConfig):
+        raise VltrainError.at(
+            str(adapter),
+            what="is no LoRA adapter",
+            fix="name the folder of one, as `vltrain lora` leaves it in RUN/final",
+        )
+    return config
+
+
+def refuse_other_shape(adapter: Path, base: Path, wanted: LoraConfig, default: LoraConfig) -> None:
+    """Raise VltrainError where a recipe cannot go on from an adapter; no weight is loaded.
+
+    Args:
+        adapter: the adapter's folder. Its shape is taken over.
+        base: the folder of the recipe's base.
+        wanted: the shape that the recipe describes.
+        default: the one of a recipe that says nothing of it.
+    """
+    saved = saved_shape(adapter)
+    if read_origin(adapter).hash != weights_hash(base):
+        raise VltrainError.at(
+            str(adapter),
+            what=f"was not trained on the weights in {base}",
+            fix="name the adapter's own base as the model",
+        )
+    faults = [
+        f"{key} ({_plain(getattr(saved, name))} there, {_plain(getattr(wanted, name))} here)"
+        for key, name in SHAPE_KEYS.items()
+        if _plain(getattr(wanted, name)) != _plain(getattr(saved, name))
+        and (key == BESIDE or _plain(getattr(wanted, name)) != _plain(getattr(default, name)))
+    ]
+    if faults:
+        raise VltrainError.at(
+            str(adapter),
+            what="the recipe describes an adapter of another shape: " + ", ".join(faults),
+            fix="leave them out, or as the adapter has them",
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config, lists and sets of names in one order."""
+    return sorted(value) if isinstance(value, list | set | tuple) else value or None
+
+
+def continue_adapter(
+    model: PreTrainedModel, adapter: Path, family: Family, freeze: FreezeConfig
+) -> PeftModel:
+    """An earlier adapter beside its base, learning on, with the whole modules that it has."""
+    adapted = attach(model, adapter, learning=True)
+    learn_beside(adapted, family, freeze)
+    return adapted
 
 
 def _refuse_incomplete(adapter: Path, adapted: PeftModel) -> None:

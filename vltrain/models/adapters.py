@@ -1,10 +1,12 @@
 """Which parameters learn: full or LoRA. The only place where the methods differ."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import dispatch_default
+from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -12,11 +14,13 @@ from transformers import PreTrainedModel, set_seed
 from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models.family import Family, Part, has_prefix
-from vltrain.models.shares import element_count, is_zero3
+from vltrain.models.quantization import gptq_weights, is_gptq, weight_count
+from vltrain.models.shares import is_zero3
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_MARK = ".lora_"
 COPY_MARK = ".modules_to_save."
+WRAPPINGS = re.compile(r"\.(?:modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
 PLAIN_LAYERS = (nn.Linear, nn.Embedding)  # exactly these: quantized ones are subclasses
 
 CountedPart = Part | Literal["adapter"]
@@ -30,7 +34,12 @@ class Adapter:
     alpha: float = 16
     dropout: float = 0.05
     targets: tuple[str, ...] | str | None = None  # None: what the family names
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # of layers by name or pattern
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     embeddings: bool = False  # input and output embeddings learn in full
+    dora: bool = False
+    rslora: bool = False
+    pissa: bool = False  # begins at the base's main directions, which leave the base's weights
 
 
 @dataclass(frozen=True)
@@ -41,15 +50,22 @@ class PartCount:
     total: int
 
 
+def published_name(name: str) -> str:
+    """The name that a parameter has without `peft` around it."""
+    return WRAPPINGS.sub("", name.removeprefix(PEFT_PREFIX))
+
+
 def set_learned(model: PreTrainedModel, family: Family, freeze: FreezeConfig) -> PreTrainedModel:
     """Full-parameter training: gradients on what is not frozen, in place.
+
+    Weights keep their dtype: it is for `widen_learned`, or for an optimizer that loses no small
+    update of a bfloat16, to see to it that they learn.
 
     Raises:
         VltrainError: nothing is left to learn.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_learns(name, family, freeze))
-    widen_learned(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise VltrainError.at(
             "freeze", what="every part is frozen, nothing learns", fix="set one of them to false"
@@ -86,22 +102,10 @@ def add_lora(
         seed: of the adapters' first weights.
 
     Raises:
-        VltrainError: a combination that cannot work, or targets that the model lacks.
+        VltrainError: a combination that cannot work, or layers that the model lacks.
     """
-    refuse_impossible(freeze)
-    beside = list(family.default_projector) if freeze.projector is False else []
-    if adapter.embeddings:
-        beside += family.embeddings
-    targets = family.lora_targets if adapter.targets is None else adapter.targets
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=beside or None,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    refuse_impossible(model, adapter)
+    config = lora_config(family, freeze, adapter)
     wrap_plain_layers_first(config)
     set_seed(seed)
     try:
@@ -112,8 +116,63 @@ def add_lora(
             what=f"no adapter fits the model ({error})",
             fix=f"name linear layers of it; the default is {list(family.lora_targets)}",
         ) from error
-    widen_learned(wrapped)
+    refuse_idle_patterns(wrapped, adapter)
+    learn_beside(wrapped, family, freeze)
     return wrapped
+
+
+def lora_config(family: Family, freeze: FreezeConfig, adapter: Adapter) -> LoraConfig:
+    """An adapter's shape in `peft`'s words."""
+    targets = family.lora_targets if adapter.targets is None else adapter.targets
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        use_dora=adapter.dora,
+        use_rslora=adapter.rslora,
+        init_lora_weights="pissa" if adapter.pissa else True,
+        modules_to_save=whole_modules(family, freeze, embeddings=adapter.embeddings) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def whole_modules(family: Family, freeze: FreezeConfig, *, embeddings: bool) -> list[str]:
+    """The modules of which `peft` keeps a copy that learns beside the adapters.
+
+    Parameters of the vision tower that belong to no module of their own are reached only through
+    the whole of it; a projector inside it comes along, and `learn_beside` leaves it frozen.
+    """
+    modules = [] if freeze.vision else list(family.parts.vision)
+    if freeze.projector is False:
+        modules += [
+            name
+            for name in family.default_projector
+            if not any(has_prefix(name, module) for module in modules)
+        ]
+    return modules + list(family.embeddings if embeddings else ())
+
+
+def learn_beside(model: PeftModel, family: Family, freeze: FreezeConfig) -> None:
+    """Let of the whole modules learn what is not frozen; all that learns is held in float32."""
+    for name, parameter in model.named_parameters():
+        plain = published_name(name)
+        if COPY_MARK in name and family.parts.of(plain) != "language":
+            parameter.requires_grad_(learns_beside(plain, family, freeze))
+    widen_learned(model)
+
+
+def learns_beside(name: str, family: Family, freeze: FreezeConfig) -> bool:
+    """Whether a parameter of vision tower or projector, by its published name, learns beside LoRA.
+
+    Where the projector learns, it is the share of it that `vltrain full` trains.
+    """
+    if family.parts.of(name) == "vision":
+        return not freeze.vision
+    return freeze.projector is False and any(has_prefix(name, p) for p in family.default_projector)
 
 
 def wrap_plain_layers_first(config: PeftConfig) -> None:
@@ -132,42 +191,63 @@ def _wrap_plain(layer: nn.Module, adapter: str, **settings: Any) -> nn.Module | 
     return dispatch_default(layer, adapter, **settings) if type(base) in PLAIN_LAYERS else None
 
 
-def refuse_impossible(freeze: FreezeConfig) -> None:
-    """Raise VltrainError for parts that LoRA can neither train nor do without."""
-    if freeze.language:
+def refuse_impossible(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Raise VltrainError for an adapter that the model's kind of weights cannot have."""
+    if adapter.dora and is_gptq(model):
         raise VltrainError.at(
-            "freeze.language",
-            what="LoRA adapts the language model, which this freezes",
-            fix="leave freeze.language false, or run `vltrain full` with it",
+            "lora.dora",
+            what="DoRA needs the size of each weight, and peft does not read it from GPTQ layers",
+            fix="take out lora.dora, or start from the bf16 checkpoint",
         )
-    if not freeze.vision:
+    if adapter.pissa and getattr(model, "is_quantized", False):
         raise VltrainError.at(
-            "freeze.vision",
-            what="LoRA does not train the vision tower",
-            fix="leave freeze.vision true, or run `vltrain full` with freeze.vision=false",
+            "lora.start",
+            what="pissa changes the base's weights, and these are quantized",
+            fix="leave lora.start at zero",
         )
 
 
 def learns_to_see(model: nn.Module, family: Family) -> bool:
     """Whether a weight of the vision tower or of the projector takes a gradient."""
     return any(
-        parameter.requires_grad and family.parts.of(name.removeprefix(PEFT_PREFIX)) != "language"
+        parameter.requires_grad and family.parts.of(published_name(name)) != "language"
         for name, parameter in model.named_parameters()
     )
+
+
+def refuse_idle_patterns(model: PeftModel, adapter: Adapter) -> None:
+    """Raise VltrainError for ranks and alphas of layers that have no adapter; `peft` is silent."""
+    layers = [
+        published_name(name) for name, part in model.named_modules() if isinstance(part, LoraLayer)
+    ]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, key):
+            # as peft reads it: the end of a name
+            if not any(re.match(rf"(?:.*\.)?(?:{pattern})$", layer) for layer in layers):
+                raise VltrainError.at(
+                    f"lora.{key}",
+                    what=f"{pattern!r} is no layer with an adapter",
+                    fix=f"name one of them, such as {layers[0]}, or the end of a name",
+                )
 
 
 def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount]:
     """Learned and all parameters of each part, low-rank adapters as a part of their own.
 
     A module that learns whole beside LoRA is a copy: it counts as learned in its part, and not
-    twice in the part's size.
+    twice in the part's size. A weight of 4 bits counts as one.
     """
     counts: dict[CountedPart, PartCount] = {}
     for name, parameter in model.named_parameters():
-        plain = name.removeprefix(PEFT_PREFIX)
-        part = "adapter" if ADAPTER_MARK in plain else family.parts.of(plain)
+        plain = published_name(name)
+        part = "adapter" if ADAPTER_MARK in name else family.parts.of(plain)
         before = counts.get(part, PartCount(0, 0))
-        learned = element_count(parameter) if parameter.requires_grad else 0
-        size = 0 if COPY_MARK in plain else element_count(parameter)
-        counts[part] = PartCount(before.learned + learned, before.total + size)
+        size = weight_count(parameter)
+        learned = size if parameter.requires_grad else 0
+        own = 0 if COPY_MARK in name else size
+        counts[part] = PartCount(before.learned + learned, before.total + own)
+    for name, size in gptq_weights(model).items():
+        part = family.parts.of(published_name(name))
+        before = counts.get(part, PartCount(0, 0))
+        counts[part] = PartCount(before.learned, before.total + size)
     return counts

@@ -1,5 +1,6 @@
 """From a checkpoint's folder to a model and its processor, every tensor accounted for."""
 
+import importlib.util
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vltrain.errors import VltrainError
 from vltrain.models.catalog import family_of, read_json
 from vltrain.models.family import Family
+from vltrain.models.gptq import is_packed, packed_layers
 from vltrain.models.hub import resolve_model
+from vltrain.models.quantization import Nf4, nf4_config
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -26,7 +30,10 @@ LISTED = 10  # names of tensors that an error spells out
 
 
 def load_model(
-    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    quantize: Nf4 | None = None,
 ) -> PreTrainedModel:
     """A model as its checkpoint has it, in eval mode.
 
@@ -36,6 +43,9 @@ def load_model(
         dtype: of the weights; "auto" is what the checkpoint's config says. With it every
             tensor equals its file bit for bit.
         device: where the weights go; default the CPU.
+        quantize: the layers to hold in 4 bits, unless the checkpoint has packed them already.
+            Tensor by tensor they are read, moved to the device and quantized there: the whole
+            model is never in memory in 16 bits.
 
     Raises:
         VltrainError: the folder is not whole: a file, a shard or a tensor is missing, a tensor
@@ -43,16 +53,20 @@ def load_model(
     """
     folder = resolve_model(str(path)).path
     family = family_of(folder)
-    config = family.read_config(read_json(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    values.pop("quantization_config", None)  # `quantization_of` reads it
+    config = family.read_config(values)
     refuse_missing_shards(folder)
     if isinstance(dtype, str):
         dtype = checkpoint_dtype(folder) if dtype == "auto" else named_dtype(dtype)
+    quantization = quantization_of(folder, family, quantize, dtype)
     try:
         model, info = family.model_class.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            device_map=None if device is None else {"": device},
+            device_map=None if device is quantization is None else {"": device or "cpu"},
+            quantization_config=quantization,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed with the others
             local_files_only=True,
@@ -64,6 +78,26 @@ def load_model(
     refuse_incomplete(folder, info)
     freeze_constants(model, family)
     return model
+
+
+def quantization_of(
+    folder: Path, family: Family, quantize: Nf4 | None, dtype: torch.dtype
+) -> QuantizationConfigMixin | None:
+    """How the linear layers of a checkpoint are to be held; None: as they are.
+
+    Raises:
+        VltrainError: it is packed to 4 bits already in a way that is not read here, or by a
+            method whose library is missing.
+    """
+    if not is_packed(folder):
+        return None if quantize is None else nf4_config(family, quantize, dtype)
+    if importlib.util.find_spec("gptqmodel") is None:
+        raise VltrainError.at(
+            str(folder),
+            what="is packed by GPTQ, and the package gptqmodel is not installed",
+            fix="pip install 'gptqmodel>=7.6,<7.7'",
+        )
+    return packed_layers(folder)
 
 
 def load_processor(path: str | Path) -> Any:

@@ -59,7 +59,8 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
         os.environ.pop(switch, None)
     implied = {
         "use_cpu": not torch.cuda.is_available(),
-        **compute_precision(DTYPES[dtype_for_machine(recipe.dtype)]),
+        **compute_precision(DTYPES[run_dtype(recipe)]),
+        **_implied_optimizer(recipe),
         "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -81,6 +82,23 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
     arguments._n_gpu = min(arguments.n_gpu, 1)
     _refuse_mismatches(arguments)
     return arguments
+
+
+def run_dtype(recipe: Recipe) -> str:
+    """The dtype of a run's weights: the recipe's, what its method asks for, or the machine's."""
+    if recipe.method == "full" and recipe.full.weights in ("residual", "stochastic"):
+        return "bf16"
+    return dtype_for_machine(recipe.dtype)
+
+
+def _implied_optimizer(recipe: Recipe) -> dict[str, str]:
+    """Q-LoRA's optimizer: moments of 8 bits that leave a full GPU for the host's memory.
+
+    On a CPU there is nothing to page to.
+    """
+    if recipe.method != "qlora":
+        return {}
+    return {"optim": "paged_adamw_8bit" if torch.cuda.is_available() else "adamw_8bit"}
 
 
 def _refuse_wrong_types(settings: dict[str, Any]) -> None:

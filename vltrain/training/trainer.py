@@ -24,6 +24,7 @@ from vltrain.data.packing import PackedDataset
 from vltrain.data.streaming import SampleStream
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
+from vltrain.training.learning_rates import split_groups
 from vltrain.training.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -137,19 +138,22 @@ class Trainer(ResumableTrainer):
         mix: Mix | None = None,
         eval_collator: Callable[..., dict[str, Any]] | None = None,
         engine: Engine = NO_ENGINE,
+        rate: Callable[[str], float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `ResumableTrainer`, and three things more.
+        """As `ResumableTrainer`, and four things more.
 
         Args:
             mix: which of the samples an epoch shows; None: each once.
             eval_collator: makes the batches of evaluation where they are not made as those of
                 training are.
             engine: what the model must run under when training begins.
+            rate: the learning rate of a parameter, by its name; None: the same for all.
         """
         super().__init__(*args, **kwargs)
         self._mix = mix
         self._engine = engine
+        self._rate = rate
         if engine.name in ("none", "ddp"):
             self.add_callback(WholeGradients())
         if self.is_fsdp_enabled and self.args.bf16:
@@ -185,6 +189,22 @@ class Trainer(ResumableTrainer):
         least one, or a step whose samples are all dropped would divide by zero."""
         batches, learned = super().get_batch_samples(*args, **kwargs)
         return batches, learned.clamp(min=1) if isinstance(learned, Tensor) else learned
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self._rate is not None:
+            split_groups(optimizer, self.model if model is None else model, self._rate)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
+        """Gradients of bfloat16 weights are measured in float32: `torch` keeps 8 bits of it."""
+        if self._engine.name != "none" or not _learns_in_bf16(model):
+            return super()._clip_grad_norm(model)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        torch._foreach_mul_(gradients, (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -269,6 +289,10 @@ class Trainer(ResumableTrainer):
         super()._restore_since_last_log(values)
         self._counted_since -= values["seconds"]
         self._counts = TokenCounts(**values["counts"])
+
+
+def _learns_in_bf16(model: nn.Module) -> bool:
+    return any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
 
 
 def compute_precision(dtype: torch.dtype) -> dict[str, bool]:

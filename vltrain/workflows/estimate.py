@@ -16,10 +16,10 @@ from vltrain.config import Method, Recipe, load_recipe
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.errors import VltrainError
 from vltrain.models.attention import attend_packed
-from vltrain.models.loading import DTYPES, dtype_for_machine
+from vltrain.models.loading import DTYPES
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.activations import BatchSizes
-from vltrain.training.arguments import step_count, training_arguments
+from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.engines import Machine, choose_engine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
@@ -34,12 +34,12 @@ from vltrain.workflows.memory import (
     show_memory,
     work_of,
 )
+from vltrain.workflows.prepare import hold_weights, let_learn, shape_of
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves
 from vltrain.workflows.train import (
     Base,
     count_run,
-    let_learn,
     read_base,
     read_halves,
 )
@@ -106,7 +106,8 @@ def estimate_run(
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
     run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
-    if probe and halves is not None and can_be_probed(halves, gpus):
+    quantized = recipe.method == "qlora"  # random weights are not
+    if probe and not quantized and halves is not None and can_be_probed(halves, gpus):
         refuse_what_cannot_fit(recipe, run, gpu_memory() or 0)
         epoch = probe_epoch(recipe, base, halves)
     if as_json:
@@ -174,7 +175,7 @@ def run_memory(
             what="what shares the model out depends on the GPUs' memory, and there is none here",
             fix="give it as well: --memory-gib 80",
         )
-    census = count_run(recipe, base)
+    census, held = count_run(recipe, base, gpu_bytes if gpus == 1 else None)
     engine = choose_engine(
         recipe.engine,
         recipe.deepspeed,
@@ -183,7 +184,7 @@ def run_memory(
         base.family.layers,
     )
     sizes = base.family.read_sizes(base.config)
-    return RunMemory(census, sizes, batch, work_of(recipe, arguments, engine, gpus), engine)
+    return RunMemory(census, sizes, batch, work_of(recipe, arguments, engine, gpus, held), engine)
 
 
 def intended_dtype(dtype: str) -> Any:
@@ -225,7 +226,7 @@ def probe_recipe(recipe: Recipe, folder: Path) -> Recipe:
 def random_model(recipe: Recipe, base: Base, *, seed: int) -> Any:
     """The base with random weights, made on the GPU where there is one, ready to learn."""
     torch.manual_seed(seed)
-    torch.set_default_dtype(DTYPES[dtype_for_machine(recipe.dtype)])
+    torch.set_default_dtype(DTYPES[run_dtype(recipe)])
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = base.family.model_class(base.config)
@@ -234,7 +235,9 @@ def random_model(recipe: Recipe, base: Base, *, seed: int) -> Any:
     model.config.use_cache = False
     if recipe.data.packing:
         attend_packed(model)
-    return let_learn(model, recipe, base, seed=seed)
+    learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=seed)
+    hold_weights(learning, recipe, gpu_memory())
+    return learning
 
 
 def epoch_steps(recipe: Recipe, halves: Halves) -> int:

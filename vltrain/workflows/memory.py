@@ -12,10 +12,12 @@ from transformers import TrainingArguments
 from vltrain.config import Recipe
 from vltrain.data.streaming import SampleStream
 from vltrain.errors import VltrainError
-from vltrain.models.loading import DTYPES, dtype_for_machine
+from vltrain.models.loading import DTYPES
 from vltrain.models.sizes import Census, ModelSizes, Place
 from vltrain.training.activations import BatchSizes, Compute
+from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import NO_ENGINE, Engine, Load
+from vltrain.training.full_weights import HELD, HeldWeights
 from vltrain.training.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -57,21 +59,30 @@ class RunMemory:
         return largest_batch(self.census, self.sizes, self.batch, self.work, gpu_bytes)
 
 
-def work_of(recipe: Recipe, arguments: TrainingArguments, engine: Engine, processes: int) -> Work:
+def work_of(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    engine: Engine,
+    processes: int,
+    held: HeldWeights | None = None,
+) -> Work:
     """What of a recipe decides about memory, beside model and batch.
 
     Args:
         processes: that share the model out.
+        held: how a full run holds what it learns.
     """
     checkpointing = getattr(arguments, "activation_checkpointing", None)
     if checkpointing is None:  # its name before transformers 5.23
         checkpointing = arguments.gradient_checkpointing
     compute = Compute(
-        bytes=DTYPES[dtype_for_machine(recipe.dtype)].itemsize,
+        bytes=DTYPES[run_dtype(recipe)].itemsize,
         attention="packed" if recipe.data.packing else "sdpa",
         checkpointing=checkpointing,
     )
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
+    if held in HELD:
+        optimizer = Optimizer("adamw_8bit", residual=held == "residual")
     accumulates = arguments.gradient_accumulation_steps > 1
     return Work(compute, optimizer, accumulates, sharing_of(engine, processes))
 
@@ -79,7 +90,7 @@ def work_of(recipe: Recipe, arguments: TrainingArguments, engine: Engine, proces
 def load_of(census: Census, recipe: Recipe) -> Load:
     """A run's parameters, as the choice of an engine weighs them."""
     weights = census.all
-    width = DTYPES[dtype_for_machine(recipe.dtype)].itemsize
+    width = DTYPES[run_dtype(recipe)].itemsize
     return Load(weights.learned, weights.total - weights.learned, width)
 
 

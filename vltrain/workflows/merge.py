@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vltrain.data.encoding import encode
 from vltrain.errors import VltrainError
 from vltrain.models.adapted import find_base, load_adapted
+from vltrain.models.gptq import is_packed
 from vltrain.models.loading import checkpoint_dtype, load_model, load_processor
 from vltrain.models.saving import save_like
 from vltrain.workflows.quiet import hide_weight_bars
@@ -73,6 +74,12 @@ def merge(
         )
     console.print("comparing the base's weights with those that the adapter was trained on")
     source = find_base(adapter, base)
+    if is_packed(source.path):
+        raise VltrainError.at(
+            str(source.path),
+            what="is packed to 4 bits, and an adapter cannot be merged into them",
+            fix="use the adapter beside it: vltrain chat takes the adapter's folder",
+        )
     dtype = checkpoint_dtype(source.path)
     inputs = probe_inputs(load_processor(source.path))
     console.print(f"merging {adapter} into {source.path}", soft_wrap=True)

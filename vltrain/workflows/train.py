@@ -18,16 +18,8 @@ from vltrain.config import Recipe
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import SampleDataset
 from vltrain.data.streaming import Split
-from vltrain.models.adapters import (
-    Adapter,
-    add_lora,
-    count_parts,
-    learns_to_see,
-    refuse_impossible,
-    set_learned,
-)
-from vltrain.models.attention import attend_packed
-from vltrain.models.catalog import family_of, is_chat_tuned, read_json
+from vltrain.models.adapters import COPY_MARK, count_parts, learns_to_see
+from vltrain.models.catalog import family_of, read_json
 from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
@@ -35,17 +27,20 @@ from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
 from vltrain.models.loading import (
     DTYPES,
     checkpoint_dtype,
-    dtype_for_machine,
     load_model,
 )
+from vltrain.models.quantization import Nf4, pack_skeleton
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.models.shares import whole_tensors
 from vltrain.models.sizes import Census
-from vltrain.training.arguments import step_count, training_arguments
+from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.checkpoints import checkpoint_step
 from vltrain.training.disk import refuse_small_disk, save_count, saved_bytes
 from vltrain.training.engines import Engine, Machine, choose_engine
+from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
+from vltrain.training.gradient_check import AdapterGradients
+from vltrain.training.learning_rates import rate_of
 from vltrain.training.plot import plot_loss
 from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
@@ -60,6 +55,15 @@ from vltrain.workflows.memory import (
     load_of,
     show_memory,
     work_of,
+)
+from vltrain.workflows.prepare import (
+    decisions,
+    hold_weights,
+    let_learn,
+    prepare_model,
+    refuse_unfit_base,
+    refuse_unfit_engine,
+    shape_of,
 )
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, plan_of, read_data, refuse_foreign_ids
@@ -107,7 +111,9 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
 
 def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) -> None:
     base = read_base(recipe.model)
+    refuse_unfit_base(recipe, base.folder)
     engine = plan_engine(recipe, base)
+    refuse_unfit_engine(recipe, engine)
     run.refuse_another_engine(engine.name, engine.zero_stage)
     arguments = training_arguments(recipe, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
@@ -116,10 +122,13 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     refuse_changed_data(run, fingerprint)
     with arguments.main_process_first():
         fetch_weights(base.source)
-    model = prepare_model(recipe, base, seed=arguments.seed)
+    model = prepare_model(
+        recipe, base.family, base.folder, device=arguments.device, seed=arguments.seed
+    )
+    held = hold_weights(model, recipe, memory_of_one(engine))
     refuse_small_disk(
         run.path,
-        saved_bytes(model, engine.name, str(arguments.optim)),
+        saved_bytes(model, engine.name, "adamw_8bit" if held in HELD else str(arguments.optim)),
         keep=arguments.save_total_limit,
         saves=save_count(arguments, step_count(arguments, halves.epoch_units[0])),
     )
@@ -130,7 +139,9 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
         run.keep_data_fingerprint(fingerprint)
     wait_for_all()
     show_plan(console, recipe, base, model, halves, arguments, engine)
-    fit(console, run, signals, model, base, halves, arguments, engine, recipe.stop_after_nonfinite)
+    for line in decisions(recipe, base.family, base.folder, held):
+        console.print(line, soft_wrap=True)
+    fit(console, run, signals, recipe, model, base, halves, arguments, engine, held)
     tensors = final_tensors(model, recipe, base)
     if origin is not None:
         save_final(run, model, tensors, origin)
@@ -146,7 +157,7 @@ def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine, halves: Halve
     run.begin(
         recipe,
         environment(
-            dtype=dtype_for_machine(recipe.dtype),
+            dtype=run_dtype(recipe),
             base_path=str(base.folder.resolve()),
             base_revision=base.source.revision,
             base_hash=hash_of_base,
@@ -169,7 +180,7 @@ def plan_engine(recipe: Recipe, base: Base) -> Engine:
         recipe.engine,
         recipe.deepspeed,
         Machine.this(),
-        lambda: load_of(count_run(recipe, base), recipe),
+        lambda: load_of(count_run(recipe, base, None)[0], recipe),
         base.family.layers,
     )
 
@@ -204,10 +215,27 @@ def read_halves(
     return halves
 
 
-def count_run(recipe: Recipe, base: Base) -> Census:
-    """Where the parameters of a run lie and which of them learn; no weight is read."""
-    model = skeleton(base.family, base.config, DTYPES[dtype_for_machine(recipe.dtype)])
-    return take_census(let_learn(model, recipe, base, seed=0), base.family)
+def count_run(
+    recipe: Recipe, base: Base, gpu_bytes: int | None
+) -> tuple[Census, HeldWeights | None]:
+    """Where the parameters of a run lie, which of them learn, and how a full run holds those.
+
+    No weight is read.
+
+    Args:
+        gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.
+    """
+    model = skeleton(base.family, base.config, DTYPES[run_dtype(recipe)])
+    if recipe.method == "qlora":
+        pack_skeleton(model, base.family, Nf4(recipe.quantize.vision))
+    learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=0)
+    held = hold_weights(learning, recipe, gpu_bytes)
+    return take_census(learning, base.family), held
+
+
+def memory_of_one(engine: Engine) -> int | None:
+    """Bytes of the GPU where a run has one to itself."""
+    return gpu_memory() if engine.name == "none" else None
 
 
 def check_memory(
@@ -227,11 +255,12 @@ def check_memory(
     if gpu_bytes is None:
         return
     sizes = base.family.read_sizes(base.config)
+    census, held = count_run(recipe, base, memory_of_one(engine))
     run = RunMemory(
-        count_run(recipe, base),
+        census,
         sizes,
         largest_batch_of(recipe, sizes, halves, arguments),
-        work_of(recipe, arguments, engine, process_count()),
+        work_of(recipe, arguments, engine, process_count(), held),
         engine,
     )
     show_memory(console, run, gpu_bytes)
@@ -246,36 +275,6 @@ def read_base(model: str) -> Base:
     config = family.read_config(read_json(source.path / "config.json"))
     processor = family.read_processor(source.path)
     return Base(source, family, config, processor)
-
-
-def prepare_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
-    """The base, loaded, with gradients on what the recipe lets learn."""
-    if recipe.method == "lora":
-        refuse_impossible(recipe.freeze)  # before the minutes that loading may take
-    model = load_model(base.folder, dtype=dtype_for_machine(recipe.dtype))
-    model.config.use_cache = False
-    if recipe.data.packing:
-        attend_packed(model)
-    return let_learn(model, recipe, base, seed=seed)
-
-
-def let_learn(
-    model: PreTrainedModel, recipe: Recipe, base: Base, *, seed: int
-) -> PreTrainedModel | PeftModel:
-    """The model with gradients on what the recipe lets learn, adapters beside it or not."""
-    if recipe.method == "full":
-        return set_learned(model, base.family, recipe.freeze)
-    embeddings = recipe.lora.embeddings
-    if embeddings == "auto":
-        embeddings = not is_chat_tuned(base.folder)
-    adapter = Adapter(
-        r=recipe.lora.r,
-        alpha=recipe.lora.alpha,
-        dropout=recipe.lora.dropout,
-        targets=recipe.lora.targets,
-        embeddings=embeddings,
-    )
-    return add_lora(model, base.family, recipe.freeze, adapter, seed=seed)
 
 
 def show_plan(
@@ -306,7 +305,7 @@ def show_plan(
     units, noun = halves.epoch_units
     console.print(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
-        f"weights in {dtype_for_machine(recipe.dtype)}, on {arguments.device}"
+        f"weights in {run_dtype(recipe)}, on {arguments.device}"
     )
     if engine.name != "none":
         console.print(
@@ -318,12 +317,13 @@ def fit(
     console: Console,
     run: RunDir,
     signals: StopSignals,
+    recipe: Recipe,
     model: PreTrainedModel | PeftModel,
     base: Base,
     halves: Halves,
     arguments: TrainingArguments,
     engine: Engine,
-    stop_after_nonfinite: int,
+    held: HeldWeights | None,
 ) -> None:
     """Train, from the last whole checkpoint if there is one."""
     checkpoint = run.last_checkpoint()
@@ -343,8 +343,12 @@ def fit(
         eval_collator=collator,
         engine=engine,
         stop_requested=signals.requested,
-        stop_after_nonfinite=stop_after_nonfinite,
-        callbacks=[MetricsLog(run.append_metrics), progress],
+        stop_after_nonfinite=recipe.stop_after_nonfinite,
+        callbacks=[MetricsLog(run.append_metrics), progress, AdapterGradients()],
+        optimizer_cls_and_kwargs=bf16_optimizer(arguments, held) if held in HELD else None,
+        rate=rate_of(
+            base.family, recipe.lr, default=arguments.learning_rate, plus=recipe.lora.plus
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -364,11 +368,12 @@ def final_tensors(
     narrower dtype has rounded it, so it is read again then.
     """
     parameters = list(model.named_parameters())
+    if isinstance(model, PeftModel):  # of a copy that learns in part, all is saved
+        own = [(name, p) for name, p in parameters if p.requires_grad or COPY_MARK in name]
+        return whole_tensors(own, keep=is_first())
     learned = [(name, p) for name, p in parameters if p.requires_grad]
-    if isinstance(model, PeftModel):
-        return whole_tensors(learned, keep=is_first())
     dtype = checkpoint_dtype(base.folder)
-    rounded = DTYPES[dtype_for_machine(recipe.dtype)] not in (dtype, torch.float32)
+    rounded = DTYPES[run_dtype(recipe)] not in (dtype, torch.float32)
     tensors = whole_tensors(learned if rounded else parameters, keep=is_first())
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if rounded and is_first():

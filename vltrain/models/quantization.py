@@ -1,0 +1,78 @@
+"""4-bit weights under an adapter: which layers get them, and how many weights they stand for."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from vltrain.models.family import Family, has_prefix
+from vltrain.models.shares import element_count
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """NF4 with double quantization (arXiv:2305.14314), made while a checkpoint is read."""
+
+    vision: bool = False  # whether the linear layers of the vision tower get it too
+
+
+def nf4_config(family: Family, nf4: Nf4, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What `from_pretrained` needs to quantize each linear layer as it is read.
+
+    Args:
+        family: names the parts.
+        nf4: which of them are quantized.
+        dtype: that quantized layers compute in, and of all other weights.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[re.escape(name) for name in kept_modules(family, nf4)],
+    )
+
+
+def kept_modules(family: Family, nf4: Nf4) -> tuple[str, ...]:
+    """The modules that keep 16 bits: embeddings, projector and, unless asked, the vision tower.
+
+    The projector is a hundredth of the model, and its attention reads weights without calling
+    the layers that hold them.
+    """
+    vision = () if nf4.vision else family.parts.vision
+    return (*family.embeddings, *family.parts.projector, *vision)
+
+
+def pack_skeleton(model: nn.Module, family: Family, nf4: Nf4) -> None:
+    """Give the layers of a model without memory the bytes that they will have in 4 bits.
+
+    A weight takes half a byte, and 64 of them a scale of one.
+    """
+    kept = kept_modules(family, nf4)
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and not any(has_prefix(name, module) for module in kept):
+            count = layer.weight.numel()
+            packed = torch.empty(count // 2 + count // 64, dtype=torch.uint8, device="meta")
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def weight_count(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for; a packed one holds several in each element."""
+    state = getattr(parameter, "quant_state", None)
+    return element_count(parameter) if state is None else state.shape.numel()
+
+
+def is_gptq(model: nn.Module) -> bool:
+    """Whether linear layers of a model hold GPTQ's packed weights."""
+    return bool(gptq_weights(model))
+
+
+def gptq_weights(model: nn.Module) -> dict[str, int]:
+    """How many weights each GPTQ layer stands for; they are buffers, no parameters."""
+    return {
+        name: layer.in_features * layer.out_features
+        for name, layer in model.named_modules()
+        if "qweight" in layer._buffers
+    }

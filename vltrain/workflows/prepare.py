@@ -1,0 +1,181 @@
+"""Base and recipe -> a model with gradients on what is to learn, and what cannot be refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from vltrain.config import Recipe
+from vltrain.errors import VltrainError
+from vltrain.models.adapted import continue_adapter, refuse_other_shape, saved_shape
+from vltrain.models.adapters import Adapter, add_lora, lora_config, set_learned, widen_learned
+from vltrain.models.attention import attend_packed
+from vltrain.models.catalog import is_chat_tuned
+from vltrain.models.family import Family
+from vltrain.models.gptq import is_packed
+from vltrain.models.loading import load_model
+from vltrain.models.quantization import Nf4
+from vltrain.models.shares import element_count
+from vltrain.training.arguments import run_dtype
+from vltrain.training.engines import Engine
+from vltrain.training.full_weights import HELD, HeldWeights, held_weights
+
+
+def refuse_unfit_base(recipe: Recipe, folder: Path) -> None:
+    """Raise VltrainError where the base is quantized in a way that the recipe has no use for."""
+    if not is_packed(folder):
+        return
+    if recipe.method != "qlora":
+        raise VltrainError.at(
+            str(folder),
+            what=f"is packed to 4 bits, which `vltrain {recipe.method}` does not train",
+            fix="run `vltrain qlora`, or start from the bf16 checkpoint",
+        )
+    for key, given, why in (
+        ("quantize.vision", recipe.quantize.vision, "the checkpoint says what is quantized"),
+        ("lora.dora", recipe.lora.dora, "peft does not read the size of GPTQ's weights"),
+    ):
+        if given:
+            raise VltrainError.at(
+                key,
+                what=f"does not go with {folder}, which GPTQ has packed: {why}",
+                fix=f"take out {key}, or start from the bf16 checkpoint",
+            )
+
+
+def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
+    """Raise VltrainError where processes would share out what they cannot."""
+    weights = recipe.full.weights
+    if recipe.method == "qlora" and engine.shards_weights:
+        raise VltrainError.at(
+            "engine",
+            what=f"{engine} shares weights out, and those of 4 bits cannot be",
+            fix="set engine: ddp, or deepspeed: zero2",
+        )
+    if recipe.method == "full" and weights in HELD and engine.name != "none":
+        raise VltrainError.at(
+            "full.weights",
+            what=f"{weights} weights are for one process, and this run is under {engine}",
+            fix="set full.weights: fp32, or start one process",
+        )
+
+
+def prepare_model(
+    recipe: Recipe, family: Family, folder: Path, *, device: torch.device, seed: int
+) -> PreTrainedModel | PeftModel:
+    """The base, read, with gradients on what the recipe lets learn.
+
+    Raises:
+        VltrainError: the base is not whole, or the recipe asks for what it has not.
+    """
+    if recipe.lora.continue_from is not None:
+        wanted, default = (
+            lora_config(family, recipe.freeze, adapter)
+            for adapter in (adapter_of(recipe, family, folder), Adapter())
+        )
+        refuse_other_shape(recipe.lora.continue_from, folder, wanted, default)
+    quantize = Nf4(recipe.quantize.vision) if recipe.method == "qlora" else None
+    model = load_model(
+        folder,
+        dtype=run_dtype(recipe),
+        device=None if quantize is None else device,  # others are moved when they are whole
+        quantize=quantize,
+    )
+    model.config.use_cache = False
+    if recipe.data.packing:
+        attend_packed(model)
+    return let_learn(model, recipe, family, folder, seed=seed)
+
+
+def let_learn(
+    model: PreTrainedModel, recipe: Recipe, family: Family, folder: Path, *, seed: int
+) -> PreTrainedModel | PeftModel:
+    """The model with gradients on what the recipe lets learn, adapters beside it or not."""
+    if recipe.method == "full":
+        return set_learned(model, family, recipe.freeze)
+    if recipe.lora.continue_from is not None:
+        return continue_adapter(model, recipe.lora.continue_from, family, recipe.freeze)
+    return add_lora(model, family, recipe.freeze, adapter_of(recipe, family, folder), seed=seed)
+
+
+def adapter_of(recipe: Recipe, family: Family, folder: Path) -> Adapter:
+    """The adapter that a recipe describes, for the base in a folder."""
+    lora = recipe.lora
+    return Adapter(
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        embeddings=learns_embeddings(recipe, family, folder),
+        dora=lora.dora,
+        rslora=lora.rslora,
+        pissa=lora.start == "pissa",
+    )
+
+
+def learns_embeddings(recipe: Recipe, family: Family, folder: Path) -> bool:
+    """Whether input and output embeddings learn beside the adapters.
+
+    `auto` lets them where the base is not chat-tuned, and where an adapter that is continued has
+    them; in a quantized run it does not, for in float32, with gradient and moments, they would
+    take more memory than the model.
+    """
+    lora = recipe.lora
+    if lora.embeddings != "auto":
+        return lora.embeddings
+    if lora.continue_from is not None:
+        return set(family.embeddings) <= set(saved_shape(lora.continue_from).modules_to_save or ())
+    return recipe.method == "lora" and not is_chat_tuned(folder)
+
+
+def shape_of(recipe: Recipe) -> Recipe:
+    """The recipe without what reads weights: for counting, on a model that has none."""
+    return replace(recipe, lora=replace(recipe.lora, continue_from=None, start="zero"))
+
+
+def hold_weights(
+    model: PreTrainedModel | PeftModel, recipe: Recipe, gpu_bytes: int | None
+) -> HeldWeights | None:
+    """Widen the learned weights of a full run to float32, or leave them in bfloat16.
+
+    Args:
+        gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.
+
+    Returns:
+        How they are held: all but fp32 need `Bf16AdamW`; None where adapters learn.
+    """
+    if recipe.method != "full":
+        return None
+    counts = [(element_count(p), p.requires_grad) for p in model.parameters()]
+    held = held_weights(
+        recipe.full.weights,
+        learned=sum(count for count, learns in counts if learns),
+        frozen=sum(count for count, learns in counts if not learns),
+        gpu_bytes=gpu_bytes if run_dtype(recipe) == "bf16" else None,
+    )
+    if held == "fp32":
+        widen_learned(model)
+    return held
+
+
+def decisions(recipe: Recipe, family: Family, folder: Path, held: HeldWeights | None) -> list[str]:
+    """What a recipe leaves open and a run has decided, in words."""
+    lines = []
+    if held in HELD:
+        lines.append(f"learned weights: {HELD[held]}; moments of 8 bits (full.weights: {held})")
+    if recipe.method == "qlora":
+        vision = "quantized too" if recipe.quantize.vision else "kept as it is"
+        nf4 = f"NF4, the vision tower {vision}"
+        lines.append(
+            f"4-bit layers: {'packed by GPTQ, as published' if is_packed(folder) else nf4}"
+        )
+        if recipe.lora.embeddings == "auto" and not is_chat_tuned(folder):
+            lines.append(
+                f"the base is not chat-tuned, and {', '.join(family.embeddings)} stay as they are: "
+                "in a quantized run they learn with lora.embeddings: true alone"
+            )
+    return lines
