@@ -16,6 +16,7 @@ from vltrain.training.processes import (
     is_first,
     leave_group,
     started_by_torchrun,
+    tie_to_launcher,
 )
 from vltrain.workflows.quiet import quiet_loggers
 
@@ -116,6 +117,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_loggers()
+    tie_to_launcher()
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)
     try:
@@ -127,7 +129,7 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
         if started_by_torchrun():
-            end_after_failure(str(stopped), stopped.exit_code)
+            end_after_failure(str(stopped), stopped.exit_code, patience_seconds=1)
         print(stopped, file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
     except Exception:

@@ -15,9 +15,12 @@ from vltrain.errors import GpuMemoryError, VltrainError
 from vltrain.models import load_processor
 from vltrain.training.run_dir import RunDir
 from vltrain.workflows.guard import (
+    advised,
     data_fingerprint,
     guarded,
+    in_steps_of_before,
     refuse_changed_data,
+    samples_per_step,
 )
 
 
@@ -103,6 +106,40 @@ def test_a_run_of_which_nobody_wrote_its_data_down_is_let_be(tmp_path: Path, sam
     refuse_changed_data(run, data_fingerprint(recipe.data, samples))
 
 
+# --- a run that resumes on other processes ---
+
+
+def began_in_steps_of(samples: int, tmp_path: Path) -> tuple[RunDir, Recipe]:
+    recipe = recipe_of(tmp_path / "run", "trainer.gradient_accumulation_steps=8")
+    run = RunDir(recipe.output)
+    run.begin(recipe, {})
+    run.keep_data_fingerprint({"files": {}, "samples": {}, "samples_per_step": samples})
+    return run, recipe
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 8), (1, 16), (4, 4), (16, 1)])
+def test_a_step_takes_as_many_samples_whatever_the_processes(tmp_path, processes, accumulation):
+    run, recipe = began_in_steps_of(16, tmp_path)  # on 2 processes
+
+    resumed = in_steps_of_before(recipe, run, processes)
+
+    assert resumed.trainer["gradient_accumulation_steps"] == accumulation
+    assert samples_per_step(resumed, processes) == 16
+
+
+def test_a_number_of_processes_that_cannot_take_such_steps_is_refused(tmp_path):
+    run, recipe = began_in_steps_of(16, tmp_path)
+
+    with pytest.raises(VltrainError, match="a step of this run takes 16 samples, and 3 processes"):
+        in_steps_of_before(recipe, run, 3)
+
+
+def test_a_new_run_steps_as_its_recipe_says(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+
+    assert in_steps_of_before(recipe, RunDir(recipe.output), 3) == recipe
+
+
 # --- memory and disk ---
 
 
@@ -110,7 +147,7 @@ def test_a_gpu_without_memory_is_an_error_with_what_to_change(tmp_path: Path):
     recipe = recipe_of(tmp_path / "run", "trainer.per_device_train_batch_size=4")
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
 
-    with pytest.raises(GpuMemoryError) as error, guarded(recipe, RunDir(recipe.output)):
+    with pytest.raises(GpuMemoryError) as error, advised(recipe, None):
         raise torch.OutOfMemoryError(
             f"{said}. Of the allocated memory 5 GiB is allocated by PyTorch"
         )
@@ -123,19 +160,15 @@ def test_a_gpu_without_memory_is_an_error_with_what_to_change(tmp_path: Path):
 
 
 def test_a_full_disk_is_an_error_whoever_wrote(tmp_path: Path):
-    recipe = recipe_of(tmp_path / "run")
-
     with (
         pytest.raises(VltrainError, match=r"the disk is full: .*No space left"),
-        guarded(recipe, RunDir(recipe.output)),
+        guarded(RunDir(tmp_path / "run")),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path):
-    recipe = recipe_of(tmp_path / "run")
-
-    with pytest.raises(RuntimeError, match="a bug"), guarded(recipe, RunDir(recipe.output)):
+    with pytest.raises(RuntimeError, match="a bug"), guarded(RunDir(tmp_path / "run")):
         raise RuntimeError("a bug")
 
 

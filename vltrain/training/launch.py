@@ -2,12 +2,16 @@
 
 import logging
 import os
+import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
 from vltrain.errors import VltrainError
-from vltrain.training.processes import started_by_torchrun
+from vltrain.training.processes import EXIT_CODE_FILE, started_by_torchrun
 
 
 def refuse_wrong_count(gpus: int) -> None:
@@ -38,7 +42,8 @@ def launch(processes: int, words: Sequence[str]) -> int:
         words: of the command line, after `vltrain`.
 
     Returns:
-        The exit code: 0, or that of the first process to fail; 128 + N where signal N ended it.
+        The exit code: 0, or that of the first process to fail or to stop; 128 + N where signal N
+        ended it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -51,18 +56,31 @@ def launch(processes: int, words: Sequence[str]) -> int:
     alone = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
     flags = [*alone, f"--nproc-per-node={processes}", "-m", "vltrain", *words]
     config, command, arguments = config_from_args(parse_args(flags))
-    try:
-        elastic_launch(config, command)(*arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        print(
-            f"error: process {rank} of {processes} was ended by {failure.signal_name()}, "
-            "and the run with it\n  fix: start the same command again; it resumes",
-            file=sys.stderr,
-        )
-        return 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + error.sigval
+    signal.signal(signal.SIGUSR1, _hand_on)
+    with tempfile.NamedTemporaryFile() as told:
+        os.environ[EXIT_CODE_FILE] = told.name
+        try:
+            elastic_launch(config, command)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode > 0:
+                return failure.exitcode
+            print(
+                f"error: process {rank} of {processes} was ended by {failure.signal_name()}, "
+                "and the run with it\n  fix: start the same command again; it resumes",
+                file=sys.stderr,
+            )
+            return 128 - failure.exitcode
+        except SignalException as error:
+            # The signal went on to the processes, which stop in order and say their code.
+            said = Path(told.name).read_text(encoding="utf-8")
+            return int(said) if said else 128 + error.sigval
     return 0
+
+
+def _hand_on(number: int, _: FrameType | None) -> None:
+    """Give a warning to the processes of the run; torchrun would end them half a minute later."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)

@@ -5,13 +5,18 @@ a run is wanted at all.
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 FAILURE_KEY = "vltrain/failed"  # in the store that torchrun keeps for the processes of a run
 PATIENCE_SECONDS = 20.0  # torchrun ends the others of a machine within one
+EXIT_CODE_FILE = "VLTRAIN_EXIT_CODE_FILE"  # where `vltrain --gpus` wants to be told the exit code
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: which signal a parent's death sends
 
 
 def started_by_torchrun() -> bool:
@@ -27,6 +32,28 @@ def process_count() -> int:
 def is_first() -> bool:
     """Whether this is the process that speaks and writes for all."""
     return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
+def tie_to_launcher() -> None:
+    """Let this process of a run die with torchrun, which started it in a session of its own.
+
+    Whoever kills the launcher alone would leave it running otherwise. Linux sees to it at once,
+    other systems within a second.
+    """
+    if not started_by_torchrun():
+        return
+    launcher = os.getppid()
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_after, args=(launcher,), daemon=True).start()
+
+
+def _die_after(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def wait_for_all() -> None:
@@ -47,7 +74,9 @@ def leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def end_after_failure(message: str, code: int) -> NoReturn:
+def end_after_failure(
+    message: str, code: int, *, patience_seconds: float = PATIENCE_SECONDS
+) -> NoReturn:
     """End this process of a run at once; the first of them to fail says why, for all.
 
     What is wrong for everyone, such as a recipe, is then said once; and where one process breaks
@@ -56,15 +85,19 @@ def end_after_failure(message: str, code: int) -> NoReturn:
     wait for processes that are no more.
 
     Args:
-        message: what to say on stderr.
+        message: what to say on stderr; the exit code follows on a line of its own, for torchrun's
+            is 1 whatever happened.
         code: the exit code.
+        patience_seconds: how long the others wait for torchrun to end them.
     """
     sys.stdout.flush()
     if _fails_first():
         _tell_torchrun(message)
-        print(message, file=sys.stderr, flush=True)
+        if EXIT_CODE_FILE in os.environ:
+            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code), encoding="utf-8")
+        print(f"{message}\nexit code {code}", file=sys.stderr, flush=True)
     else:
-        time.sleep(PATIENCE_SECONDS)
+        time.sleep(patience_seconds)
     os._exit(code)
 
 

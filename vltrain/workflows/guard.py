@@ -3,39 +3,43 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from transformers import TrainingArguments
 
 from vltrain.config import DataConfig, Recipe
 from vltrain.data.dataset import SampleDataset
+from vltrain.data.streaming import SampleStream
 from vltrain.errors import GpuMemoryError, VltrainError
+from vltrain.training.arguments import step_count
+from vltrain.training.disk import SavedBytes, refuse_small_disk, save_count
 from vltrain.training.files import is_disk_full
 from vltrain.training.lock import locked
 from vltrain.training.processes import is_first
 from vltrain.training.run_dir import RunDir
 from vltrain.training.stopping import StopSignals
 from vltrain.workflows.advice import memory_advice
+from vltrain.workflows.memory import RunMemory
+from vltrain.workflows.run_data import Halves
 
 
 @contextmanager
-def guarded(recipe: Recipe, run: RunDir) -> Iterator[StopSignals]:
-    """Hold a run's directory and catch its signals; full memory and full disk become errors.
+def guarded(run: RunDir) -> Iterator[StopSignals]:
+    """Hold a run's directory and catch its signals; a full disk becomes an error.
 
     Raises:
         VltrainError: another run is in the directory, or the disk is full.
-        GpuMemoryError: a GPU's memory did not suffice.
         Stopped: a signal came while no step was being taken.
     """
     signals = StopSignals()
     with signals.caught(), locked(run.path) if is_first() else nullcontext():
         try:
             yield signals
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(recipe, error) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if not is_disk_full(error):
                 raise
@@ -46,34 +50,86 @@ def guarded(recipe: Recipe, run: RunDir) -> Iterator[StopSignals]:
             ) from error
 
 
-def out_of_memory(recipe: Recipe, error: torch.OutOfMemoryError) -> GpuMemoryError:
-    """What the allocator said, and what to change, the cheapest first."""
-    said = str(error).partition(". Of the allocated memory")[0]
-    return GpuMemoryError.at(
-        f"vltrain {recipe.method}", what=said, fix="\n       ".join(memory_advice(recipe))
-    )
+@contextmanager
+def advised(recipe: Recipe, memory: RunMemory | None) -> Iterator[None]:
+    """Make a GPU's full memory an error with what to change, the cheapest first.
+
+    Args:
+        recipe: of the run.
+        memory: what the run was estimated to take; None where that is not known.
+
+    Raises:
+        GpuMemoryError: a GPU's memory did not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition(". Of the allocated memory")[0]
+        advice = "\n       ".join(memory_advice(recipe, memory))
+        raise GpuMemoryError.at(f"vltrain {recipe.method}", what=said, fix=advice) from error
 
 
-def data_fingerprint(data: DataConfig, samples: SampleDataset) -> dict[str, Any]:
+def refuse_no_space(
+    run: RunDir, size: SavedBytes, arguments: TrainingArguments, halves: Halves
+) -> None:
+    """Raise VltrainError where a run's checkpoints, each of that size, will not fit on its disk."""
+    saves = save_count(arguments, step_count(arguments, halves.epoch_units[0]))
+    refuse_small_disk(run.path, size, keep=arguments.save_total_limit, saves=saves)
+
+
+def in_steps_of_before(recipe: Recipe, run: RunDir, processes: int) -> Recipe:
+    """The recipe of a run that resumes, with steps of as many samples as when it began.
+
+    Where it is on another number of processes, accumulation makes up for it: so the place in
+    the data, the number of steps and the learning rate hold.
+
+    Raises:
+        VltrainError: with so many processes no accumulation does it.
+    """
+    there = run.read_data_fingerprint() or {}
+    wanted = there.get("samples_per_step")
+    at_once = recipe.trainer["per_device_train_batch_size"] * processes
+    if wanted is None or wanted == samples_per_step(recipe, processes):
+        return recipe
+    if wanted % at_once:
+        raise VltrainError.at(
+            str(run.path),
+            what=f"a step of this run takes {wanted} samples, and {processes} processes take "
+            f"{at_once} at once",
+            fix="resume on as many processes as it began on, or a number that divides them",
+        )
+    settings = {**recipe.trainer, "gradient_accumulation_steps": wanted // at_once}
+    return replace(recipe, trainer=settings)
+
+
+def samples_per_step(recipe: Recipe, processes: int) -> int:
+    """Samples, or rows where they are packed, between two updates, of all processes."""
+    trainer = recipe.trainer
+    batch = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    return batch * processes
+
+
+def data_fingerprint(data: DataConfig, samples: SampleDataset | SampleStream) -> dict[str, Any]:
     """What tells whether a run's data are those that it began with; pictures do not count.
 
     Returns:
         `files`: bytes and SHA-256 of each, of a folder of what lies in it by name and size;
         `samples`: how many, their tokens, and a hash of their lengths in order, which tells
-        of a data set on the hub.
+        of a data set on the hub; of a stream, which nobody has counted, nothing.
     """
     paths = [Path(file) for file in (*data.files, *data.eval_files)]
+    files = {str(path): _fingerprint(path) for path in paths if path.exists()}
+    if isinstance(samples, SampleStream):
+        return {"files": files, "samples": None}
     lengths = hashlib.sha256()
     for counts in (samples.lengths, samples.learned_tokens, samples.image_counts):
         lengths.update(np.asarray(counts, dtype=np.int64).tobytes())
-    return {
-        "files": {str(path): _fingerprint(path) for path in paths if path.exists()},
-        "samples": {
-            "count": len(samples),
-            "tokens": int(np.asarray(samples.lengths).sum(dtype=np.int64)),
-            "lengths": lengths.hexdigest(),
-        },
+    counted = {
+        "count": len(samples),
+        "tokens": int(samples.lengths.sum(dtype=np.int64)),
+        "lengths": lengths.hexdigest(),
     }
+    return {"files": files, "samples": counted}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -89,19 +145,22 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def refuse_changed_data(run: RunDir, here: Mapping[str, Any]) -> None:
     """Raise VltrainError where a run began with other data; it names the files."""
     there = run.read_data_fingerprint()
-    if there is None or there == here:
+    if there is None or all(there[key] == here[key] for key in here):
         return
     changed = [
         f"{file} ({_bytes(there['files'].get(file))} then, {_bytes(here['files'].get(file))} now)"
         for file in dict.fromkeys([*there["files"], *here["files"]])
         if there["files"].get(file) != here["files"].get(file)
     ]
-    then, now = there["samples"], here["samples"]
-    samples = f"{then['count']:,} samples of {then['tokens']:,} tokens then, {now['count']:,} of "
-    what = ", ".join(changed) or f"the samples: {samples}{now['tokens']:,} now"
+    if not changed:
+        then, now = there["samples"], here["samples"]
+        changed = [
+            f"the samples: {then['count']:,} samples of {then['tokens']:,} tokens then, "
+            f"{now['count']:,} of {now['tokens']:,} now"
+        ]
     raise VltrainError.at(
         str(run.path),
-        what=f"the data changed since this run began: {what}",
+        what=f"the data changed since this run began: {', '.join(changed)}",
         fix="bring back the data of then, or start anew with another --output",
     )
 

@@ -36,7 +36,7 @@ from vltrain.models.sizes import Census
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.checkpoints import checkpoint_step
-from vltrain.training.disk import refuse_small_disk, save_count, saved_bytes
+from vltrain.training.disk import saved_bytes
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
 from vltrain.training.gradient_check import AdapterGradients
@@ -47,7 +47,15 @@ from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.workflows.advice import refuse_what_cannot_fit
-from vltrain.workflows.guard import data_fingerprint, guarded, refuse_changed_data
+from vltrain.workflows.guard import (
+    advised,
+    data_fingerprint,
+    guarded,
+    in_steps_of_before,
+    refuse_changed_data,
+    refuse_no_space,
+    samples_per_step,
+)
 from vltrain.workflows.memory import (
     RunMemory,
     gpu_memory,
@@ -105,7 +113,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
             f"{recipe.output} is finished: its weights are in {run.final}", soft_wrap=True
         )
         return
-    with guarded(recipe, run) as signals:
+    with guarded(run) as signals:
         _train(recipe, run, signals, console)
 
 
@@ -114,10 +122,11 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     refuse_unfit_base(recipe, base.folder)
     engine = plan_engine(recipe, base)
     refuse_unfit_engine(recipe, engine)
-    run.refuse_another_engine(engine.name, engine.zero_stage)
-    arguments = training_arguments(recipe, engine)  # before any model is loaded
+    run.refuse_another_engine(engine.name, engine.zero_stage, process_count())
+    in_steps = in_steps_of_before(recipe, run, process_count())
+    arguments = training_arguments(in_steps, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
-    check_memory(console, recipe, base, halves, arguments, engine)
+    memory = check_memory(console, recipe, base, halves, arguments, engine)
     fingerprint = data_fingerprint(recipe.data, halves.train)
     refuse_changed_data(run, fingerprint)
     with arguments.main_process_first():
@@ -126,22 +135,24 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
         recipe, base.family, base.folder, device=arguments.device, seed=arguments.seed
     )
     held = hold_weights(model, recipe, memory_of_one(engine))
-    refuse_small_disk(
-        run.path,
+    refuse_no_space(
+        run,
         saved_bytes(model, engine.name, "adamw_8bit" if held in HELD else str(arguments.optim)),
-        keep=arguments.save_total_limit,
-        saves=save_count(arguments, step_count(arguments, halves.epoch_units[0])),
+        arguments,
+        halves,
     )
     if engine.name != "none":
         let_ranks_meet(model, base.family, engine, halves)
     origin = begin(run, recipe, base, engine, halves) if is_first() else None
     if origin is not None:
-        run.keep_data_fingerprint(fingerprint)
+        step = samples_per_step(recipe, process_count())
+        run.keep_data_fingerprint({**fingerprint, "samples_per_step": step})
     wait_for_all()
     show_plan(console, recipe, base, model, halves, arguments, engine)
     for line in decisions(recipe, base.family, base.folder, held):
         console.print(line, soft_wrap=True)
-    fit(console, run, signals, recipe, model, base, halves, arguments, engine, held)
+    with advised(recipe, memory):
+        fit(console, run, signals, recipe, model, base, halves, arguments, engine, held)
     tensors = final_tensors(model, recipe, base)
     if origin is not None:
         save_final(run, model, tensors, origin)
@@ -245,15 +256,15 @@ def check_memory(
     halves: Halves,
     arguments: TrainingArguments,
     engine: Engine,
-) -> None:
-    """Show what a run will take of the GPU that is there; without one, nothing.
+) -> RunMemory | None:
+    """What a run will take of the GPU that is there, shown; None without one.
 
     Raises:
         VltrainError: it cannot fit, and `memory_check` is on.
     """
     gpu_bytes = gpu_memory()
     if gpu_bytes is None:
-        return
+        return None
     sizes = base.family.read_sizes(base.config)
     census, held = count_run(recipe, base, memory_of_one(engine))
     run = RunMemory(
@@ -266,6 +277,7 @@ def check_memory(
     show_memory(console, run, gpu_bytes)
     if recipe.memory_check:
         refuse_what_cannot_fit(recipe, run, gpu_bytes)
+    return run
 
 
 def read_base(model: str) -> Base:
