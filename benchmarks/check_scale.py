@@ -4,12 +4,14 @@
 
 Three records of four have a picture, one of `--pictures` JPEG files of about 320 x 240 pixels;
 every answer has a box. Memory is the sum over all processes of the command, shared pages counted
-in each (Linux only).
+in each (Linux only). CPU seconds are those of all its processes: other programs on the machine
+change them little, where they change the time that passes a lot.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,10 +35,11 @@ def main() -> None:
             for count in options.records:
                 file = Path(folder, f"{count}.{form}")
                 write_records(file, count, options.pictures)
-                seconds, peak_bytes = measure(file, count)
+                seconds, cpu_seconds, peak_bytes = measure(file, count)
                 print(
                     f"{form}, {count} records: {seconds:.0f} s, {count / seconds:.0f} records/s, "
-                    f"peak {peak_bytes / 2**20:.0f} MiB on {os.cpu_count()} cores",
+                    f"{cpu_seconds:.0f} CPU s, peak {peak_bytes / 2**20:.0f} MiB "
+                    f"on {os.cpu_count()} cores",
                     flush=True,
                 )
                 file.unlink()
@@ -77,9 +80,9 @@ def write_records(file: Path, count: int, pictures: int) -> None:
         out.write("\n]\n" if is_list else "")
 
 
-def measure(file: Path, count: int) -> tuple[float, int]:
-    """Seconds and peak bytes of memory of a check, which must find nothing in `count` records."""
-    begin = time.perf_counter()
+def measure(file: Path, count: int) -> tuple[float, float, int]:
+    """Seconds, CPU seconds and peak bytes of a check that must find nothing in `count` records."""
+    begin, cpu_begin = time.perf_counter(), cpu_seconds_of_children()
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "vltrain", "check", str(file), "--json"]
         process = subprocess.Popen(command, stdout=output, start_new_session=True)
@@ -92,7 +95,13 @@ def measure(file: Path, count: int) -> tuple[float, int]:
         report = json.load(output)
     if report != {"records": count, "findings": []}:
         sys.exit(f"{file.name}: {report['records']} records, {len(report['findings'])} findings")
-    return seconds, peak_bytes
+    return seconds, cpu_seconds_of_children() - cpu_begin, peak_bytes
+
+
+def cpu_seconds_of_children() -> float:
+    """What all processes that were waited for have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def resident_bytes(group: int) -> Iterator[int]:
