@@ -172,6 +172,7 @@ def test_a_data_uri_holds_its_picture(content, head, written):
         ("data:image/png;base64,猫", "bad_data_uri", "base64 is broken"),
         ("data:image/png;base64,A", "bad_data_uri", "base64 is broken"),
         ("data:image/png;base64,", "zero_size_picture", "is empty (0 bytes)"),
+        ("data:,\ud800", "broken_picture", "(it begins like no known kind"),
         ("data:image/png,hello", "broken_picture", "(it begins like no known kind"),
     ],
 )

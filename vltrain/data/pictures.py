@@ -187,7 +187,7 @@ def bytes_of_data_uri(uri: str) -> bytes | Fault:
         message = f"picture {shown(uri)!r} is a data: URI without a comma, so it holds nothing"
         return Fault("bad_data_uri", message, _DATA_URI_FIX)
     if not head.lower().endswith(";base64"):
-        return unquote_to_bytes(content)
+        return unquote_to_bytes(content.encode("utf-8", "surrogatepass"))
     letters = _BLANKS.sub("", unquote(content))
     try:
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
