@@ -216,13 +216,26 @@ def test_more_processes_never_take_more_of_each(engine):
     assert totals == sorted(totals, reverse=True)
 
 
+def test_the_allocators_pieces_are_counted_where_a_run_is_to_fit_for_certain():
+    memory = estimate(LORA, SIZES, BATCH, WORK)
+
+    assert memory.comfortable == memory.needed + round(0.09 * memory.total)
+
+
 def test_the_largest_batch_fits_and_one_row_more_does_not():
-    rows = largest_batch(LORA, SIZES, BATCH, WORK, CONTEXT_BYTES + WORKSPACE_BYTES + 100_000)
+    gpu = CONTEXT_BYTES + round(1.2 * WORKSPACE_BYTES)
 
-    def needed(count):
-        return estimate(LORA, SIZES, scaled(BATCH, count), WORK).needed
+    rows = largest_batch(LORA, SIZES, BATCH, WORK, gpu)
 
-    assert needed(rows) <= CONTEXT_BYTES + WORKSPACE_BYTES + 100_000 < needed(rows + 1)
+    def comfortable(count):
+        return estimate(LORA, SIZES, scaled(BATCH, count), WORK).comfortable
+
+    assert 1 < rows < 4096
+    assert comfortable(rows) <= gpu < comfortable(rows + 1)
+
+
+def test_no_more_rows_are_looked_at_than_anyone_would_take():
+    assert largest_batch(LORA, SIZES, BATCH, WORK, 2**50) == 4096
 
 
 def test_no_batch_fits_where_the_model_does_not():

@@ -19,7 +19,6 @@ from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import NO_ENGINE, Engine, Load
 from vltrain.training.full_weights import HELD, HeldWeights
 from vltrain.training.memory import (
-    CONTEXT_BYTES,
     GIB,
     Estimate,
     estimate,
@@ -259,10 +258,11 @@ def _verdict(run: RunMemory, gpu_bytes: int) -> str:
     """Whether it fits a GPU, and how large a batch does."""
     memory = run.estimate
     needs = (
-        f"needs {memory.needed / GIB:.1f} GiB with the driver's {CONTEXT_BYTES / GIB:.1f}, "
-        f"the GPU has {gpu_bytes / GIB:.1f}"
+        f"with the driver {memory.needed / GIB:.1f} GiB, and up to {memory.comfortable / GIB:.1f} "
+        f"with what torch's allocator keeps; the GPU has {gpu_bytes / GIB:.1f}"
     )
-    most = run.largest_batch(gpu_bytes)
-    if not most:
-        return f"{needs}: not even a batch of 1 fits"
-    return f"{needs}: a batch of up to {most} fits"
+    if memory.needed > gpu_bytes:
+        return f"{needs}: it does not fit"
+    if memory.comfortable > gpu_bytes:
+        return f"{needs}: it may just fit"
+    return f"{needs}: a batch of up to {run.largest_batch(gpu_bytes)} fits"
