@@ -4,7 +4,8 @@
 
 Random weights, one picture a sample, batch 1, gradient checkpointing; three steps of two
 micro-batches each, so that gradients and the optimizer's states are there at the peak. Full
-training is of 8 of the 32 layers, which fit one GPU. Each cell runs in a process of its own and
+training is of 8 of the 32 layers, which fit one GPU; Q-LoRA's NF4 is made of the random weights
+when they are on the GPU, and needs bitsandbytes. Each cell runs in a process of its own and
 is printed as a JSON line. `--toy` runs the same on a small model, on a CPU, where nothing but the
 estimate can be printed.
 """
@@ -45,7 +46,9 @@ FULL_LAYERS = 8
 
 CELLS: dict[str, tuple[str, ...]] = {
     "lora": ("lora.embeddings=false",),
-    "full": (),
+    "full": ("full.weights=fp32",),
+    "qlora": ("trainer.optim=paged_adamw_8bit",),
+    "qlora_vision": ("trainer.optim=paged_adamw_8bit", "quantize.vision=true"),
     "lora_adamw_torch": ("lora.embeddings=false", "trainer.optim=adamw_torch"),
     "lora_embeddings": ("lora.embeddings=true",),
     "lora_no_checkpointing": ("lora.embeddings=false", "trainer.gradient_checkpointing=false"),

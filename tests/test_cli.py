@@ -26,6 +26,7 @@ from vltrain.errors import GpuMemoryError, NotFiniteError, Stopped, VltrainError
 COMMANDS = (
     "full",
     "lora",
+    "qlora",
     "merge",
     "chat",
     "check",
@@ -155,7 +156,7 @@ def test_a_run_that_was_stopped_exits_with_75_and_calls_it_no_error(
     assert capsys.readouterr().err == "stopped after step 5\n"
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_training_gets_the_recipe_of_file_flags_and_overrides(
     called: list[tuple], method: str, tmp_path: Path
 ):

@@ -197,13 +197,14 @@ def qlora(
     model: Model = None,
     data: Data = None,
     output: Output = None,
+    gpus: Gpus = None,
     overrides: Overrides = None,
 ) -> None:
     """Train low-rank adapters on a base held in 4 bits.
 
     A bf16 base is quantized while it is read; one that GPTQ has packed is taken as it is.
     """
-    _train("qlora", recipe, model, data, output, overrides)
+    _train("qlora", recipe, model, data, output, gpus, overrides)
 
 
 def _train(
@@ -498,7 +499,7 @@ def stats(
 def estimate(
     recipe: RecipePath = None,
     method: Annotated[
-        Literal["full", "lora"] | None,
+        Literal["full", "lora", "qlora"] | None,
         typer.Option("--method", help="Of the run, where the recipe does not say; else lora."),
     ] = None,
     model: Model = None,

@@ -16,7 +16,7 @@ from vltrain.models import load_model
 from vltrain.models.adapters import Adapter, add_lora, count_parts
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.gptq import packed_weight
-from vltrain.models.quantization import Nf4
+from vltrain.models.quantization import Nf4, pack_in_place, pack_skeleton
 
 DECODER = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 VIT = ("attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
@@ -57,6 +57,39 @@ def test_quantized_layers_are_nf4_with_their_scales_quantized_too(base):
     assert layer.weight.quant_state.quant_type == "nf4"
     assert layer.weight.quant_state.nested
     assert layer.compute_dtype == torch.float32
+
+
+def test_a_model_quantized_in_place_is_the_one_that_is_quantized_while_it_is_read(base):
+    read, made = load_model(base, quantize=Nf4(vision=True)), load_model(base)
+    pack_in_place(made, QWEN_VL, Nf4(vision=True), torch.float32)
+
+    assert quantized(made) == quantized(read)
+    tensors = dict(made.named_parameters())
+    assert all(torch.equal(tensors[name], value) for name, value in read.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(made.eval()(IDS).logits, read.eval()(IDS).logits)
+
+
+def test_adapters_sit_on_a_model_quantized_in_place(base):
+    model = load_model(base)
+    pack_in_place(model, QWEN_VL, Nf4(), torch.float32)
+
+    learning = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(r=4), seed=0)
+
+    adapted = learning.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
+    assert isinstance(adapted.base_layer, Linear4bit)
+    assert type(adapted).__module__ == "peft.tuners.lora.bnb"
+
+
+def test_a_skeleton_has_the_bytes_of_the_quantized_model(base):
+    real, skeleton = load_model(base, quantize=Nf4()), load_model(base)
+    pack_skeleton(skeleton, QWEN_VL, Nf4())
+
+    for name in LANGUAGE_LAYERS:
+        weight = real.get_submodule(name).weight
+        scales = weight.quant_state.absmax
+        counted = skeleton.get_submodule(name).weight
+        assert counted.numel() == weight.numel() + scales.numel()
 
 
 def test_what_is_not_quantized_is_as_in_its_file(base):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,17 +46,50 @@ def kept_modules(family: Family, nf4: Nf4) -> tuple[str, ...]:
     return (*family.embeddings, *family.parts.projector, *vision)
 
 
+def packed_names(model: nn.Module, family: Family, nf4: Nf4) -> list[str]:
+    """The linear layers that get 4 bits."""
+    kept = kept_modules(family, nf4)
+    return [
+        name
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and not any(has_prefix(name, module) for module in kept)
+    ]
+
+
 def pack_skeleton(model: nn.Module, family: Family, nf4: Nf4) -> None:
     """Give the layers of a model without memory the bytes that they will have in 4 bits.
 
     A weight takes half a byte, and 64 of them a scale of one.
     """
-    kept = kept_modules(family, nf4)
-    for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and not any(has_prefix(name, module) for module in kept):
-            count = layer.weight.numel()
-            packed = torch.empty(count // 2 + count // 64, dtype=torch.uint8, device="meta")
-            layer.weight = nn.Parameter(packed, requires_grad=False)
+    for name in packed_names(model, family, nf4):
+        layer = model.get_submodule(name)
+        count = layer.weight.numel()
+        packed = torch.empty(count // 2 + count // 64, dtype=torch.uint8, device="meta")
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def pack_in_place(model: nn.Module, family: Family, nf4: Nf4, dtype: torch.dtype) -> None:
+    """Quantize a model that has its weights, as `nf4_config` does it while they are read.
+
+    For models of random weights; a checkpoint is never whole in memory when it is read.
+
+    Args:
+        dtype: that quantized layers compute in.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    settings: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    for name in packed_names(model, family, nf4):
+        layer = model.get_submodule(name)
+        with torch.device("meta"):
+            packed = Linear4bit(
+                layer.in_features, layer.out_features, compute_dtype=dtype, **settings
+            )
+        weight = Params4bit(layer.weight.data, requires_grad=False, module=packed, **settings)
+        packed.weight, packed.bias = weight.to(layer.weight.device), layer.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, packed)
+    model.is_loaded_in_4bit = True  # by which peft knows what to put its adapters on
 
 
 def weight_count(parameter: nn.Parameter) -> int:

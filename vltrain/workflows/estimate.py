@@ -17,6 +17,7 @@ from vltrain.data.collation import Collator, collate_rows
 from vltrain.errors import VltrainError
 from vltrain.models.attention import attend_packed
 from vltrain.models.loading import DTYPES
+from vltrain.models.quantization import Nf4, pack_in_place
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
@@ -92,7 +93,7 @@ def estimate_run(
     hide_weight_bars()
     console = Console(stderr=as_json)
     recipe = draft(recipe_file, method=method, model=model, data=data, overrides=overrides)
-    recipe = replace(recipe, dtype=intended_dtype(recipe.dtype))
+    recipe = intended(recipe)
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
     halves = None
@@ -106,8 +107,7 @@ def estimate_run(
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
     run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
-    quantized = recipe.method == "qlora"  # random weights are not
-    if probe and not quantized and halves is not None and can_be_probed(halves, gpus):
+    if probe and halves is not None and can_be_probed(halves, gpus):
         refuse_what_cannot_fit(recipe, run, gpu_memory() or 0)
         epoch = probe_epoch(recipe, base, halves)
     if as_json:
@@ -187,12 +187,16 @@ def run_memory(
     return RunMemory(census, sizes, batch, work_of(recipe, arguments, engine, gpus, held), engine)
 
 
-def intended_dtype(dtype: str) -> Any:
-    """The dtype of a run on a GPU: `auto` is bf16 there, whatever this machine has.
+def intended(recipe: Recipe) -> Recipe:
+    """The recipe with what it would have on a GPU, whatever this machine is.
 
-    Half precision is the same to memory either way, and fp16 cannot be asked for without a GPU.
+    `auto` is bf16 there, and Q-LoRA's moments can be paged. fp16 is the same to memory as bf16, and
+    cannot be asked for without a GPU.
     """
-    return "fp32" if dtype == "fp32" else "bf16"
+    trainer = recipe.trainer
+    if recipe.method == "qlora":
+        trainer = {"optim": "paged_adamw_8bit"} | trainer
+    return replace(recipe, dtype="fp32" if recipe.dtype == "fp32" else "bf16", trainer=trainer)
 
 
 def probe_epoch(recipe: Recipe, base: Base, halves: Halves) -> EpochTime:
@@ -235,6 +239,8 @@ def random_model(recipe: Recipe, base: Base, *, seed: int) -> Any:
     model.config.use_cache = False
     if recipe.data.packing:
         attend_packed(model)
+    if recipe.method == "qlora":
+        pack_in_place(model, base.family, Nf4(recipe.quantize.vision), DTYPES[run_dtype(recipe)])
     learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=seed)
     hold_weights(learning, recipe, gpu_memory())
     return learning
