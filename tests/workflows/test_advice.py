@@ -16,6 +16,7 @@ from vltrain.models.sizes import (
     TowerSizes,
 )
 from vltrain.training.activations import BatchSizes, Compute
+from vltrain.training.engines import Engine
 from vltrain.training.memory import CONTEXT_BYTES, GIB, WORKSPACE_BYTES
 from vltrain.training.moments import Work
 from vltrain.training.optimizer_bytes import Optimizer
@@ -61,17 +62,42 @@ def recipe_of(out: Path, *settings: str, method: Method = "lora") -> Recipe:
         (
             "lora",
             ("trainer.gradient_checkpointing=false", "lora.embeddings=false", "data.too_long=drop"),
-            ["trainer.gradient_checkpointing: true", "lora.r: 32"],
+            ["trainer.gradient_checkpointing: true", "lora.r: 32", "vltrain qlora"],
         ),
         (
             "lora",
             ("data.packing=true",),
-            ["data.max_length: 1024", "lora.embeddings: false", "lora.r: 32"],
+            ["data.max_length: 1024", "lora.embeddings: false", "lora.r: 32", "vltrain qlora"],
         ),
         (
             "full",
             (),
+            [
+                "a lower data.max_length",
+                "full.weights: residual",
+                "full.weights: stochastic",
+                "vltrain lora",
+            ],
+        ),
+        (
+            "full",
+            ("full.weights=residual",),
+            ["a lower data.max_length", "full.weights: stochastic", "vltrain lora"],
+        ),
+        (
+            "full",
+            ("dtype=fp32",),
             ["a lower data.max_length", "trainer.optim: adamw_bnb_8bit", "vltrain lora"],
+        ),
+        (
+            "qlora",
+            ("lora.embeddings=false", "data.too_long=drop"),
+            ["lora.r: 32", "quantize.vision: true"],
+        ),
+        (
+            "qlora",
+            ("lora.embeddings=false", "data.too_long=drop", "quantize.vision=true"),
+            ["lora.r: 32"],
         ),
     ],
 )
@@ -99,8 +125,9 @@ def test_each_change_says_what_it_comes_to(tmp_path: Path):
     lines = memory_advice(recipe_of(tmp_path, *settings), RUN)
 
     now = RUN.estimate.needed / GIB
-    assert len(lines) == 5
-    assert all(told(line) < now for line in lines)
+    assert len(lines) == 6
+    assert all(told(line) < now for line in lines[:5])
+    assert lines[5].startswith("vltrain qlora")
     logits = 2000 * 100_000 * 12  # of half the tokens, on their way back
     assert told(lines[1]) < now - logits / GIB
     # Embeddings that rest leave no copy, no gradient and no states: 16 bytes each.
@@ -110,11 +137,42 @@ def test_each_change_says_what_it_comes_to(tmp_path: Path):
 
 
 def test_an_eight_bit_optimizer_leaves_a_quarter_of_the_states(tmp_path: Path):
-    lines = memory_advice(recipe_of(tmp_path, method="full"), RUN)
+    lines = memory_advice(recipe_of(tmp_path, "dtype=fp32", method="full"), RUN)
 
     saved = 150 * MILLION * (8 - 2 * (1 + 4 / 256)) / GIB
     assert told(lines[1]) == pytest.approx(RUN.estimate.needed / GIB - saved, abs=0.06)
     assert lines[0].startswith("a lower data.max_length")  # by how much is the user's to say
+
+
+def test_processes_that_share_a_model_are_told_of_the_optimizer_alone(tmp_path: Path):
+    shared = replace(RUN, engine=Engine("ddp", "several processes"))
+
+    lines = memory_advice(recipe_of(tmp_path, method="full"), shared)
+
+    assert lines[1].startswith("trainer.optim: adamw_bnb_8bit")
+
+
+def test_weights_in_bf16_take_half_and_less(tmp_path: Path):
+    lines = memory_advice(recipe_of(tmp_path, method="full"), RUN)
+
+    now, learned_weights = RUN.estimate.needed / GIB, 150 * MILLION / GIB
+    # Of the 16 bytes 8 are left, and 6, with 4 / 256 for each moment's scales; the hidden states
+    # are half as wide; autocast has no copies to make of the adapter (2 bytes).
+    hidden = 4000 * 1024 * 2 / GIB
+    for line, left in ((lines[1], 8), (lines[2], 6)):
+        expected = now - learned_weights * (16 - left - 8 / 256) - hidden - 2 * 50 * MILLION / GIB
+        assert told(line) == pytest.approx(expected, abs=0.07)
+
+
+def test_a_packed_tower_takes_a_quarter(tmp_path: Path):
+    tower = PlaceWeights(1000 * MILLION, total_bytes=2000 * MILLION)
+    census = replace(RUN.census, places={**RUN.census.places, "vision": tower})
+    run = replace(RUN, census=census)
+
+    line = memory_advice(recipe_of(tmp_path, method="qlora"), run)[-1]
+
+    saved = 1000 * MILLION * (2 - 33 / 64) / GIB
+    assert told(line) == pytest.approx(run.estimate.needed / GIB - saved, abs=0.06)
 
 
 def test_only_what_is_over_by_more_than_the_estimates_error_is_refused(tmp_path: Path):
@@ -125,6 +183,7 @@ def test_only_what_is_over_by_more_than_the_estimates_error_is_refused(tmp_path:
         refuse_what_cannot_fit(recipe, RUN, round(0.89 * needed))
 
     assert "lora.r: 32; smaller adapters (about" in str(error.value)
+    assert "vltrain qlora" in str(error.value)
     assert str(error.value).endswith("memory_check: false; the run is tried as it is")
 
 

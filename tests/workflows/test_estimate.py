@@ -158,6 +158,33 @@ def test_a_draft_keeps_what_is_given(data: Path, tmp_path: Path):
     assert recipe.data.max_length == 7
 
 
+def test_q_lora_counts_packed_layers_and_moments_that_are_paged(bare: Path, capsys):
+    estimate_run(None, method="qlora", model=str(bare), overrides=["lora.r=4"], as_json=True)
+
+    found = json.loads(capsys.readouterr().out)
+    # Of two layers: five matrices, packed; a bias of 384 and two norms; and the last norm.
+    packed = 2 * (128 * 384 + 4 * 128 * 128)
+    assert found["parts"]["weights: decoder layers"] == packed * 33 // 64 + 2 * (2 * 640 + 128)
+    # c_attn, attn.c_proj, w1 and w2 of two layers, at rank 4.
+    adapter = 2 * 4 * (128 + 384 + 3 * (128 + 128))
+    assert found["parts"]["weights: adapter"] == 4 * adapter
+    assert found["parts"]["optimizer"] == 0
+    assert found["host_bytes"] == 2 * (adapter + adapter * 4 // 256)
+
+
+def test_full_weights_in_bf16_halve_weights_and_gradients(bare: Path, capsys):
+    found = []
+    for weights in ("fp32", "residual"):
+        settings = [f"full.weights={weights}"]
+        estimate_run(None, method="full", model=str(bare), overrides=settings, as_json=True)
+        found.append(json.loads(capsys.readouterr().out)["parts"])
+
+    wide, narrow = found
+    assert narrow["gradients"] * 2 == wide["gradients"]
+    assert narrow["weights: head"] * 2 == wide["weights: head"]
+    assert narrow["optimizer"] * 2 < wide["optimizer"] * 1.02  # 2 bytes, two of 1 and their scales
+
+
 def test_several_gpus_share_the_model_as_the_recipe_says(bare: Path, capsys):
     found = {}
     for engine in ("ddp", "fsdp2"):

@@ -29,7 +29,7 @@ def memory_advice(recipe: Recipe, run: RunMemory | None = None) -> list[str]:
         run: as it is now; each change then has the memory that the run would need with it.
     """
     lines = []
-    for advice in _changes(recipe):
+    for advice in _changes(recipe, run):
         if run is None or advice.smaller is None:
             lines.append(advice.words)
         else:
@@ -58,7 +58,7 @@ def refuse_what_cannot_fit(recipe: Recipe, run: RunMemory, gpu_bytes: int) -> No
     )
 
 
-def _changes(recipe: Recipe) -> Iterator[Advice]:
+def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     trainer, data = recipe.trainer, recipe.data
     batch = trainer["per_device_train_batch_size"]
     steps = trainer["gradient_accumulation_steps"]
@@ -82,18 +82,43 @@ def _changes(recipe: Recipe) -> Iterator[Advice]:
         yield Advice(
             "a lower data.max_length with data.too_long: drop; the longest samples are left out"
         )
-    if recipe.method == "full":
+    yield from _full_changes(recipe, run) if recipe.method == "full" else _adapter_changes(recipe)
+
+
+def _full_changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
+    """Fewer bits for what learns: of the weights in one process, of the moments alone elsewhere."""
+    weights = recipe.full.weights
+    shared = run is not None and run.engine.name != "none"
+    if shared or recipe.dtype == "fp32":
         yield Advice(
             "trainer.optim: adamw_bnb_8bit; a quarter of the optimizer's memory",
-            lambda run: _with_optimizer(run, "adamw_bnb_8bit"),
+            lambda run: _with_optimizer(run, Optimizer("adamw_bnb_8bit")),
         )
-        yield Advice("vltrain lora; adapters learn in the place of all weights")
-        return
+    else:
+        if weights in ("auto", "fp32"):
+            yield Advice(
+                "full.weights: residual; 8 bytes for each learned weight in the place of 16",
+                lambda run: _in_bf16(run, residual=True),
+            )
+        if weights != "stochastic":
+            yield Advice(
+                "full.weights: stochastic; 6 bytes for each learned weight, rounded at random",
+                lambda run: _in_bf16(run, residual=False),
+            )
+    yield Advice("vltrain lora; adapters learn in the place of all weights")
+
+
+def _adapter_changes(recipe: Recipe) -> Iterator[Advice]:
+    """Embeddings that rest, a lower rank, and a base in 4 bits."""
     if recipe.lora.embeddings is not False:
         yield Advice(
             "lora.embeddings: false; the embeddings do not learn then", _resting_embeddings
         )
     yield Advice(f"lora.r: {max(1, recipe.lora.r // 2)}; smaller adapters", _half_the_rank)
+    if recipe.method == "lora":
+        yield Advice("vltrain qlora; the base's layers in 4 bits")
+    elif recipe.freeze.vision and not recipe.quantize.vision:
+        yield Advice("quantize.vision: true; the vision tower in 4 bits too", _packed_vision)
 
 
 def _recomputing(run: RunMemory) -> RunMemory:
@@ -111,8 +136,20 @@ def _half_as_long(run: RunMemory) -> RunMemory:
     return replace(run, batch=batch)
 
 
-def _with_optimizer(run: RunMemory, name: str) -> RunMemory:
-    return replace(run, work=replace(run.work, optimizer=Optimizer(name)))
+def _with_optimizer(run: RunMemory, optimizer: Optimizer) -> RunMemory:
+    return replace(run, work=replace(run.work, optimizer=optimizer))
+
+
+def _in_bf16(run: RunMemory, *, residual: bool) -> RunMemory:
+    smaller = replace(run, census=run.census.rounded(2))
+    return _with_optimizer(smaller, Optimizer("adamw_8bit", residual=residual))
+
+
+def _packed_vision(run: RunMemory) -> RunMemory:
+    """Nearly all of the tower's weights are in its linear layers."""
+    count = run.census.at("vision").total
+    packed = PlaceWeights(count, total_bytes=count // 2 + count // 64)
+    return replace(run, census=replace(run.census, places={**run.census.places, "vision": packed}))
 
 
 def _resting_embeddings(run: RunMemory) -> RunMemory:
