@@ -17,30 +17,31 @@ ROOT = Path(__file__).parents[1]
 
 
 def start_group(
-    processes: int, *words: str | Path, flags: Sequence[str] = (), timeout: float = 400
+    processes: int, *words: str | Path, gpus: bool = False, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node PROCESSES WORDS`, run to its end, on the CPU."""
+    """`torchrun --nproc-per-node PROCESSES WORDS`, run to its end; on the CPU without `gpus`."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [*command, *flags, *map(str, words)],
+        [*command, *map(str, words)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=group_environment(),
+        env=group_environment(gpus=gpus),
     )
 
 
-def group_environment() -> dict[str, str]:
-    """The environment of a group: no GPU, one thread a process, these sources."""
+def group_environment(*, gpus: bool = False) -> dict[str, str]:
+    """The environment of a group: one thread a process, these sources, GPUs only where asked."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **hidden}
 
 
 def train_all(
-    processes: int, recipes: Sequence[Path], timeout: float = 400
+    processes: int, recipes: Sequence[Path], *, gpus: bool = False, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Train recipes one after the other in one group of processes; every run has to end well."""
-    done = start_group(processes, __file__, *recipes, timeout=timeout)
+    done = start_group(processes, __file__, *recipes, gpus=gpus, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -41,7 +41,7 @@ def workshop(tmp_path: Path) -> Path:
     for source in re.findall("<img>(.*?)</img>", data):
         Image.new("RGB", (80, 60), "tomato").save(tmp_path / source)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    for recipe in (tmp_path / "recipes").iterdir():
+    for recipe in (tmp_path / "recipes").glob("*.yaml"):
         recipe.write_text(recipe.read_text(encoding="utf-8").replace(MODEL, "base"))
     return tmp_path
 
