@@ -22,6 +22,7 @@ from vltrain.data.coco import CATEGORY_QUESTION
 from vltrain.data.pictures import Pictures
 from vltrain.data.refcoco import EXPRESSION_QUESTION
 from vltrain.errors import GpuMemoryError, NotFiniteError, Stopped, VltrainError
+from vltrain.evaluation.generation import Decoding
 
 COMMANDS = (
     "full",
@@ -197,7 +198,7 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
             ("org/name@v1", Path("q.json"), Path("a.jsonl")),
             {
                 "batch_size": 4,
-                "max_new_tokens": 512,
+                "decoding": Decoding(512),
                 "format": "auto",
                 "pictures": Pictures(),
             },

@@ -145,11 +145,10 @@ def _print_version(wanted: bool) -> None:
 
 
 def _pictures(image_root: Path | None, allow_urls: bool) -> "Pictures":
-    """Where a command looks for pictures: a recipe's defaults, but for what is said here."""
-    from vltrain.config import DataConfig
-    from vltrain.data.pictures import pictures_of
+    """Where a command looks for pictures."""
+    from vltrain.data.pictures import pictures_at
 
-    return pictures_of(DataConfig(files=(), image_root=image_root, allow_urls=allow_urls))
+    return pictures_at(image_root, allow_urls)
 
 
 @app.callback()
@@ -288,6 +287,7 @@ def chat(
 
     Each token is the likeliest one. A run that was cut off goes on where it stopped.
     """
+    from vltrain.evaluation.generation import Decoding
     from vltrain.workflows.chat import answer_file
 
     answer_file(
@@ -295,7 +295,7 @@ def chat(
         questions,
         answers,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
+        decoding=Decoding(max_new_tokens),
         format=data_format,
         pictures=_pictures(image_root, allow_urls),
     )

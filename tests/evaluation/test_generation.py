@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import write_qwen_vl
 
-from vltrain.evaluation.generation import Prompt, answer_batches, answer_text, left_padded
+from vltrain.evaluation.generation import Decoding, Prompt, answer_batches, answer_text, left_padded
 from vltrain.models import load_model, load_processor
 
 # Ids of the toy vocabulary: bytes are their own ids, special tokens follow from 256 on.
-END_OF_TEXT, TURN_START, TURN_END, REF, REF_END, BOX, BOX_END = 256, 257, 258, 464, 465, 466, 467
+END_OF_TEXT, TURN_START, TURN_END, EXTRA = 256, 257, 258, 259
+REF, REF_END, BOX, BOX_END = 464, 465, 466, 467
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def test_rows_are_padded_on_the_left():
 
 
 def test_batches_answer_as_each_prompt_alone_and_in_order(model, processor, prompts):
-    together = list(answer_batches(model, processor, prompts, batch_size=5, max_new_tokens=8))
-    alone = list(answer_batches(model, processor, prompts, batch_size=1, max_new_tokens=8))
+    together = list(answer_batches(model, processor, prompts, batch_size=5, decoding=Decoding(8)))
+    alone = list(answer_batches(model, processor, prompts, batch_size=1, decoding=Decoding(8)))
 
     assert together == alone
     assert len(set(alone)) == len(prompts)
@@ -66,7 +67,7 @@ def test_answers_are_greedy_though_the_checkpoint_samples(model, processor, prom
     for _ in range(4):  # the likeliest token, by hand
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
 
-    (answer,) = answer_batches(model, processor, prompts[:1], batch_size=1, max_new_tokens=4)
+    (answer,) = answer_batches(model, processor, prompts[:1], batch_size=1, decoding=Decoding(4))
     assert answer == answer_text(ids[-4:], processor)
 
 
@@ -77,7 +78,7 @@ def test_a_place_for_a_picture_is_never_said(folder, processor, prompts):
         model.transformer.ln_f.weight.abs_()
         model.lm_head.weight.abs_()
 
-    (answer,) = answer_batches(model, processor, prompts[:1], batch_size=1, max_new_tokens=3)
+    (answer,) = answer_batches(model, processor, prompts[:1], batch_size=1, decoding=Decoding(3))
 
     assert "<imgpad>" not in answer
 
@@ -85,19 +86,19 @@ def test_a_place_for_a_picture_is_never_said(folder, processor, prompts):
 def test_a_model_in_training_mode_is_put_into_eval_mode(model, processor, prompts):
     model.train()
 
-    list(answer_batches(model, processor, prompts[:1], batch_size=1, max_new_tokens=1))
+    list(answer_batches(model, processor, prompts[:1], batch_size=1, decoding=Decoding(1)))
 
     assert not model.training
 
 
 def test_no_prompts_have_no_answers(model, processor):
-    assert list(answer_batches(model, processor, [], batch_size=4, max_new_tokens=4)) == []
+    assert list(answer_batches(model, processor, [], batch_size=4, decoding=Decoding(4))) == []
 
 
 def test_more_prompts_than_a_window_are_all_answered(model, processor):
     prompts = [Prompt(processor.text_ids(f"question {number}")) for number in range(11)]
 
-    answers = list(answer_batches(model, processor, prompts, batch_size=1, max_new_tokens=2))
+    answers = list(answer_batches(model, processor, prompts, batch_size=1, decoding=Decoding(2)))
 
     assert len(answers) == 11
 
@@ -110,11 +111,15 @@ def test_an_answer_ends_at_the_end_of_text(processor):
     assert answer_text([*b"four", END_OF_TEXT, END_OF_TEXT], processor) == "four"
 
 
+def test_an_answer_ends_where_another_turn_begins(processor):
+    assert answer_text([*b"four", TURN_START, *b"user"], processor) == "four"
+
+
 def test_an_answer_without_an_end_is_all_that_was_said(processor):
     assert answer_text(b" four\n", processor) == " four\n"
 
 
 def test_an_answer_keeps_its_boxes_and_loses_control_tokens(processor):
-    ids = [TURN_START, REF, *b"cat", REF_END, BOX, *b"(1,2),(3,4)", BOX_END]
+    ids = [EXTRA, REF, *b"cat", REF_END, BOX, *b"(1,2),(3,4)", BOX_END]
 
     assert answer_text(ids, processor) == "<ref>cat</ref><box>(1,2),(3,4)</box>"

@@ -18,6 +18,7 @@ from vltrain.config import FreezeConfig
 from vltrain.data.conversation import ImagePart
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.errors import VltrainError
+from vltrain.evaluation.generation import Decoding
 from vltrain.models import load_model, load_processor
 from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
@@ -148,7 +149,7 @@ def test_the_output_has_one_object_for_each_assistant_turn(
 ):
     output = data.parent / "deep" / "answers.jsonl"
 
-    answer_file(str(model), data, output, max_new_tokens=3, console=console)
+    answer_file(str(model), data, output, decoding=Decoding(3), console=console)
 
     written = rows(output)
     assert [list(row) for row in written] == [["record", "turn", "id", "answer", "expected"]] * 5
@@ -181,7 +182,7 @@ def test_a_folder_of_parquet_is_answered_with_each_rows_file(
     stored(folder / "a.parquet", "<image>one", "<image>two")
     stored(folder / "b.parquet", "<image>three")
 
-    answer_file(str(model), folder, tmp_path / "a.jsonl", max_new_tokens=1, console=console)
+    answer_file(str(model), folder, tmp_path / "a.jsonl", decoding=Decoding(1), console=console)
 
     assert [(row["file"], row["record"], row["id"]) for row in rows(tmp_path / "a.jsonl")] == [
         (str(folder / "a.parquet"), 0, "<image>one"),
@@ -228,7 +229,7 @@ def task_of_a_killed_run(
         patch.setattr("vltrain.workflows.chat.write_without_first_line", _killed)
         with pytest.raises(KeyboardInterrupt):
             answer_file(
-                str(model), data, data.parent / "a.jsonl", max_new_tokens=3, console=console
+                str(model), data, data.parent / "a.jsonl", decoding=Decoding(3), console=console
             )
     draft = data.parent / "a.jsonl.partial"
     return json.loads(draft.read_text(encoding="utf-8").splitlines()[0])["task"]
@@ -243,11 +244,13 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_whole_answer(
 ):
     output = data.parent / "a.jsonl"
     draft = data.parent / "a.jsonl.partial"
-    answer_file(str(model), data, data.parent / "whole.jsonl", max_new_tokens=3, console=console)
+    answer_file(
+        str(model), data, data.parent / "whole.jsonl", decoding=Decoding(3), console=console
+    )
     marked = (data.parent / "whole.jsonl").read_text(encoding="utf-8")
     cut_off_after(2, data.parent / "whole.jsonl", task_of_a_killed_run, draft)
 
-    answer_file(str(model), data, output, max_new_tokens=3, console=console)
+    answer_file(str(model), data, output, decoding=Decoding(3), console=console)
 
     assert "going on behind 2 answers" in console.file.getvalue()
     assert output.read_text(encoding="utf-8") == marked
@@ -259,7 +262,7 @@ def test_answers_to_another_task_are_not_kept(
 ):
     output = data.parent / "a.jsonl"
 
-    answer_file(str(model), data, output, max_new_tokens=2, console=console)
+    answer_file(str(model), data, output, decoding=Decoding(2), console=console)
 
     assert "going on" not in console.file.getvalue()
     assert len(rows(output)) == 5
@@ -280,7 +283,7 @@ def test_an_adapter_answers_like_the_model_that_it_merges_into(
     answers = {}
     for name in ("adapter", "merged", str(model)):
         output = tmp_path / f"{Path(name).name}.jsonl"
-        answer_file(str(tmp_path / name), data, output, max_new_tokens=5, console=console)
+        answer_file(str(tmp_path / name), data, output, decoding=Decoding(5), console=console)
         answers[name] = [row["answer"] for row in rows(output)]
     assert answers["adapter"] == answers["merged"] != answers[str(model)]
 
@@ -289,7 +292,7 @@ def test_an_older_output_is_replaced(data: Path, model: Path, console: Console):
     output = data.parent / "answers.jsonl"
     output.write_text("of another day\n")
 
-    answer_file(str(model), data, output, max_new_tokens=1, console=console)
+    answer_file(str(model), data, output, decoding=Decoding(1), console=console)
 
     assert len(rows(output)) == 5
 
@@ -300,7 +303,7 @@ def test_half_a_surrogate_pair_comes_back_as_its_escape(
     data = write_data(tmp_path, [turn("user", "x"), turn("assistant", "\ud800")])
     output = tmp_path / "answers.jsonl"
 
-    answer_file(str(model), data, output, max_new_tokens=1, console=console)
+    answer_file(str(model), data, output, decoding=Decoding(1), console=console)
 
     assert rows(output)[0]["expected"] == "\ud800"
 
@@ -328,7 +331,7 @@ def test_pictures_are_looked_up_under_the_image_root(tmp_path: Path, model: Path
     output = tmp_path / "answers.jsonl"
 
     answer_file(
-        str(model), data, output, max_new_tokens=1, pictures=Pictures(pictures), console=console
+        str(model), data, output, decoding=Decoding(1), pictures=Pictures(pictures), console=console
     )
 
     assert len(rows(output)) == 1

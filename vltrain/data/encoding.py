@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from vltrain.data.conversation import Conversation, ImagePart, TextPart, Turn
+from vltrain.data.conversation import Conversation, ImagePart, Part, TextPart, Turn
 from vltrain.data.formats import Format, conversation_from_record, record_name
 from vltrain.data.swift import ImageSize
 from vltrain.errors import VltrainError
@@ -136,10 +136,25 @@ def encode_conversation(
 def prompt_ids(turns: Sequence[Turn], processor: Processor) -> list[int]:
     """The ids that ask for the next assistant turn: `turns`, then the head of the answer."""
     laid_out = _with_system(tuple(turns), processor)
-    segments = (part for turn in laid_out for part in _turn_segments(turn, processor, "assistant"))
-    input_ids, _ = ids_and_labels(segments)
+    input_ids = [token for turn in laid_out for token in turn_ids(turn, processor)]
     head = [processor.turn_start_id, *processor.text_ids("assistant"), processor.newline_id]
     return input_ids + head
+
+
+def turn_ids(turn: Turn, processor: Processor) -> list[int]:
+    """The ids of one turn, its marks and the line end behind it included."""
+    return ids_and_labels(_turn_segments(turn, processor, "assistant"))[0]
+
+
+def plain_ids(parts: Iterable[Part], processor: Processor) -> list[int]:
+    """The ids of text and pictures that no turn is made of, as a base was pretrained on them."""
+    return [token for part in parts for token in _part_ids(part, processor)]
+
+
+def _part_ids(part: Part, processor: Processor) -> list[int]:
+    if isinstance(part, ImagePart):
+        return processor.image_ids(part.source)
+    return processor.text_ids(part.text)
 
 
 def too_long_error(

@@ -170,6 +170,11 @@ def pictures_of(config: DataConfig) -> Pictures:
     return Pictures(config.image_root, downloads)
 
 
+def pictures_at(image_root: Path | None = None, allow_urls: bool = False) -> Pictures:
+    """Where pictures are looked up: a recipe's defaults, but for what is said here."""
+    return pictures_of(DataConfig(files=(), image_root=image_root, allow_urls=allow_urls))
+
+
 def default_cache_dir() -> Path:
     """Where the user's caches are, by the XDG rules: a folder of vltrain's own in there."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -1,8 +1,9 @@
-"""Prompts to answers: greedy, in left-padded batches of similar length.
+"""Prompts to answers: many, in left-padded batches of similar length, or one as it is said.
 
 Dimension letters: `B` prompts of a batch, `L` tokens, `N` pictures of a batch, `S` pixels.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+
+from vltrain.errors import VltrainError
+from vltrain.evaluation.spoken import SpokenText
 
 WINDOW_BATCHES = 8  # answered before the first of their answers is given: sorting needs a choice
 
@@ -26,6 +30,7 @@ class Speaker(Protocol):
     """What answering needs of a model's processor."""
 
     tokenizer: Decoder
+    turn_start_id: int  # of the next turn, which is not the model's to say
     turn_end_id: int
     pad_id: int  # also what a model says after all there is to say
     image_pad_id: int  # the place of an image token, which nobody can say
@@ -39,26 +44,51 @@ class Prompt:
     load_pixels: Callable[[], Tensor] | None = None  # float [pictures, 3, S, S]; None: no picture
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen, and how many there may be."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0: the likeliest token each time; above, the logits' divisor
+    top_p: float = 1.0  # the likeliest tokens that together have this probability are drawn from
+
+    def __post_init__(self) -> None:
+        """Raise VltrainError for numbers that mean nothing."""
+        faults = []
+        if self.max_new_tokens < 1:
+            faults.append(f"max_new_tokens is {self.max_new_tokens}, it is at least 1")
+        if not 0 <= self.temperature < math.inf:
+            faults.append(f"temperature is {self.temperature}, it is 0 or above")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p is {self.top_p}, it is above 0 and at most 1")
+        if self.top_p < 1 and self.temperature == 0:
+            faults.append("top_p means nothing at temperature 0, which draws nothing")
+        if faults:
+            raise VltrainError.at(
+                "generation", what="; ".join(faults), fix="write other numbers, or leave them out"
+            )
+
+
 def answer_batches(
     model: PreTrainedModel,
     processor: Speaker,
     prompts: Sequence[Prompt],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    decoding: Decoding,
 ) -> Iterator[str]:
     """The answers, one for each prompt and in their order.
 
-    Each token is the likeliest one, until the model ends its turn or has said
-    `max_new_tokens`. Pictures are opened batch by batch. Prompts of similar length share a
-    batch, so answers come in bursts of `WINDOW_BATCHES` batches.
+    An answer goes on until the model ends its turn or has said `decoding.max_new_tokens`.
+    Pictures are opened batch by batch. Prompts of similar length share a batch, so answers come
+    in bursts of `WINDOW_BATCHES` batches.
 
     Args:
         model: put into eval mode and left there; answers are made where its weights are.
         processor: the model's own.
         prompts: of any lengths.
         batch_size: prompts answered side by side.
-        max_new_tokens: of each answer.
+        decoding: of each answer. What is drawn follows torch's random state.
 
     Yields:
         The text an assistant's turn would have: tags of boxes kept, control tokens left out.
@@ -72,14 +102,14 @@ def answer_batches(
         for first in range(0, len(part), batch_size):
             places = by_length[first : first + batch_size]
             batch = [part[place] for place in places]
-            texts = _answer(model, processor, batch, max_new_tokens)
+            texts = _answer(model, processor, batch, decoding)
             answers.update(zip(places, texts, strict=True))
         yield from (answers[place] for place in range(len(part)))
 
 
 @torch.inference_mode()
 def _answer(
-    model: PreTrainedModel, processor: Speaker, batch: Sequence[Prompt], max_new_tokens: int
+    model: PreTrainedModel, processor: Speaker, batch: Sequence[Prompt], decoding: Decoding
 ) -> list[str]:
     """The answers to one batch."""
     input_ids, attention_mask = left_padded([p.input_ids for p in batch], processor.pad_id)
@@ -88,7 +118,7 @@ def _answer(
     said = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
-        generation_config=greedy(processor, max_new_tokens),
+        generation_config=settings(processor, decoding, turn_ends(processor)),
         **pictures,
     )
     return [answer_text(row, processor) for row in said[:, input_ids.size(1) :].tolist()]
@@ -106,30 +136,79 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def greedy(processor: Speaker, max_new_tokens: int) -> GenerationConfig:
-    """The likeliest token each time.
+def turn_ends(processor: Speaker) -> tuple[int, ...]:
+    """The ids that end an answer: the end of the turn or of all, or the head of another turn."""
+    return (processor.turn_end_id, processor.turn_start_id, processor.pad_id)
+
+
+def settings(processor: Speaker, decoding: Decoding, ends: Sequence[int]) -> GenerationConfig:
+    """What `generate` goes by.
 
     What stands here wins over the checkpoint's own generation settings; for the rest, neutral
     values are named so that theirs do not slip in.
     """
+    draws = decoding.temperature > 0
     return GenerationConfig(
-        do_sample=False,
+        do_sample=draws,
         num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
+        temperature=decoding.temperature if draws else 1.0,
+        top_p=decoding.top_p,
+        top_k=0 if draws else 50,  # 50 is what transformers calls unset when nothing is drawn
         repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=[processor.turn_end_id, processor.pad_id],
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=list(ends),
         pad_token_id=processor.pad_id,
         suppress_tokens=[processor.image_pad_id],
     )
 
 
-def answer_text(ids: Sequence[int], processor: Speaker) -> str:
-    """What was said up to the end of the turn."""
-    ends = (processor.turn_end_id, processor.pad_id)
+def answer_text(ids: Sequence[int], processor: Speaker, ends: Sequence[int] | None = None) -> str:
+    """What was said up to the first of `ends`, by default that of the turn."""
+    ends = turn_ends(processor) if ends is None else ends
     length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return processor.tokenizer.decode(
-        list(ids[:length]), skip_special_tokens=True, keep_markup=True
+    return said_text(ids[:length], processor)
+
+
+def said_text(ids: Sequence[int], processor: Speaker) -> str:
+    """Ids as the text of an assistant's turn: tags of boxes kept, control tokens left out."""
+    return processor.tokenizer.decode(list(ids), skip_special_tokens=True, keep_markup=True)
+
+
+@torch.inference_mode()
+def say(
+    model: PreTrainedModel,
+    processor: Speaker,
+    prompt: Prompt,
+    decoding: Decoding,
+    *,
+    ends: Sequence[int] | None = None,
+    listener: Callable[[str], None] | None = None,
+) -> str:
+    """The answer to one prompt, piece by piece to a listener and whole at the end.
+
+    Args:
+        model: put into eval mode and left there; the answer is made where its weights are.
+        processor: the model's own.
+        prompt: what the model goes on from.
+        decoding: what is drawn follows torch's random state.
+        ends: the ids that end it; default `turn_ends`.
+        listener: gets each piece of text as soon as its characters are whole; joined, they are
+            the answer.
+    """
+    model.eval()
+    ends = turn_ends(processor) if ends is None else ends
+    ids = torch.tensor([list(prompt.input_ids)], device=model.device)
+    pictures = {}
+    if prompt.load_pixels is not None:
+        pictures["pixel_values"] = prompt.load_pixels().to(model.device)
+    streamer = None
+    if listener is not None:
+        streamer = SpokenText(lambda said: answer_text(said, processor, ends), listener)
+    said = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=settings(processor, decoding, ends),
+        streamer=streamer,
+        **pictures,
     )
+    return answer_text(said[0, ids.size(1) :].tolist(), processor, ends)

@@ -8,36 +8,37 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vltrain.data.checks import check_files
-from vltrain.data.conversation import ImagePart, Turn
-from vltrain.data.encoding import Processor, prompt_ids
+from vltrain.data.conversation import Turn
+from vltrain.data.encoding import Processor
 from vltrain.data.formats import Format, conversation_from_record, read_turns
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
 from vltrain.data.records import Record
 from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
-from vltrain.evaluation.generation import Prompt, answer_batches
+from vltrain.evaluation.generation import Decoding, Prompt, answer_batches
 from vltrain.models.catalog import is_adapter
 from vltrain.models.hub import resolve_model
 from vltrain.models.loading import (
     dtype_for_machine,
-    foreign_id_error,
     load_model,
     load_processor,
 )
 from vltrain.training.files import write_whole
+from vltrain.workflows.dialogue import chat_prompt, refuse_foreign_ids
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
+
+GREEDY = Decoding()  # the likeliest token each time
 
 SURROGATES = "backslashreplace"
 """Half of a surrogate pair, which JSON can hold and UTF-8 cannot, goes back to its escape."""
@@ -71,7 +72,8 @@ def answer_file(
     output: Path,
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 512,
+    decoding: Decoding = GREEDY,
+    seed: int = 0,
     format: Format = "auto",
     pictures: Pictures = LOCAL_PICTURES,
     console: Console | None = None,
@@ -86,7 +88,9 @@ def answer_file(
             says in them may be empty where nothing is expected.
         output: JSONL to write; an older file of that name is replaced once all is answered.
         batch_size: questions answered side by side.
-        max_new_tokens: tokens after which an answer is cut.
+        decoding: how tokens are chosen and how many there may be.
+        seed: of what is drawn. The answers of a run that was cut off and goes on are other ones
+            than those of one that was not, where they are drawn.
         format: how records are read; "auto" tells by the content of each.
         pictures: where pictures are looked up.
         console: where progress is shown; default stderr.
@@ -103,7 +107,7 @@ def answer_file(
         "format": format,
         "image_root": None if pictures.image_root is None else str(pictures.image_root),
         "model": fingerprint(folder),
-        "max_new_tokens": max_new_tokens,
+        "decoding": asdict(decoding) | {"seed": seed},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f"{output.name}.partial")
@@ -112,11 +116,11 @@ def answer_file(
         console.print(f"going on behind {len(kept)} answers of {draft}", soft_wrap=True)
     network, processor = load_for_answers(folder)
     prompts = [prompt_of(q, processor, pictures) for q in questions[len(kept) :]]
-    refuse_foreign_ids(prompts, questions[len(kept) :], network, folder)
-    answers = answer_batches(
-        network, processor, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
+    for prompt, question in zip(prompts, questions[len(kept) :], strict=True):
+        refuse_foreign_ids(prompt, network, question.record.name)
+    answers = answer_batches(network, processor, prompts, batch_size=batch_size, decoding=decoding)
     begin_draft(draft, task, kept)
+    torch.manual_seed(seed)
     opened = draft.open("a", encoding="utf-8", errors=SURROGATES)
     with opened as file, _progress(console) as bar:
         shown = bar.add_task("answering", total=len(questions), completed=len(kept))
@@ -178,20 +182,8 @@ def _position(turn: Turn) -> int:
 
 def prompt_of(question: Question, processor: Processor, pictures: Pictures) -> Prompt:
     """A question as ids; its pictures are opened when their pixels are asked for."""
-    sources = [
-        part.source
-        for turn in question.before
-        for part in turn.parts
-        if isinstance(part, ImagePart)
-    ]
-
-    def load_pixels() -> Tensor:
-        record = question.record
-        side = processor.picture_side  # as in training, so that it sees what it learned from
-        images = [pictures.open(s, record.file, where=record.name, side=side) for s in sources]
-        return processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-
-    return Prompt(prompt_ids(question.before, processor), load_pixels if sources else None)
+    record = question.record
+    return chat_prompt(question.before, processor, pictures, record.file, record.name)
 
 
 def load_for_answers(folder: Path) -> tuple[PreTrainedModel, Any]:
@@ -252,19 +244,6 @@ def begin_draft(draft: Path, task: dict[str, Any], kept: Sequence[dict[str, Any]
     """Write the draft's first line and what is kept, beside and renamed: no answer is lost."""
     text = "".join(_line(row) for row in ({"task": task}, *kept))
     write_whole(draft, text, errors=SURROGATES)
-
-
-def refuse_foreign_ids(
-    prompts: Sequence[Prompt],
-    questions: Sequence[Question],
-    network: PreTrainedModel,
-    folder: Path,
-) -> None:
-    """Raise VltrainError where a prompt has an id that the embedding matrix has no row for."""
-    rows = network.get_input_embeddings().weight.size(0)
-    for prompt, question in zip(prompts, questions, strict=True):
-        if (largest := max(prompt.input_ids)) >= rows:
-            raise foreign_id_error(question.record.name, largest, rows, folder)
 
 
 def write_without_first_line(draft: Path, output: Path) -> None:

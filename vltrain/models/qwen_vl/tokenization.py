@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import json
 import unicodedata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import tiktoken
 from transformers import AddedToken, PreTrainedTokenizer
 
 from vltrain.errors import VltrainError
+from vltrain.models.qwen_vl.list_format import from_list_format, to_list_format
 
 VOCAB_FILE = "qwen.tiktoken"
 
@@ -175,6 +177,14 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         allowed = MARKUP_TOKENS if split_special_tokens else set(SPECIAL_TOKENS)
         normal = unicodedata.normalize("NFC", text)
         return self._encoding.encode(normal, allowed_special=allowed, disallowed_special=())
+
+    def from_list_format(self, elements: Iterable[Mapping[str, Any]]) -> str:
+        """The text of a list of pictures, texts and boxes, as `list_format` has it."""
+        return from_list_format(elements)
+
+    def to_list_format(self, text: str) -> list[dict[str, str]]:
+        """The pictures, texts and boxes of a text, as `list_format` has it."""
+        return to_list_format(text)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """The tokens of a text as strings; see the module about their form."""
