@@ -49,7 +49,7 @@ def workshop(tmp_path: Path) -> Path:
 def test_every_fenced_block_is_of_a_kind_that_is_tested():
     fences = re.findall(r"^```(\w*)$", README, re.M)
 
-    assert set(fences) == {"bash", "console", "json", "yaml", ""}
+    assert set(fences) == {"bash", "console", "json", "python", "yaml", ""}
 
 
 @pytest.mark.parametrize("section", blocks("yaml"))
@@ -65,6 +65,25 @@ def test_every_file_that_the_readme_names_is_there():
     recipes = [name for name in recipes if name != "recipes/recipe.yaml"]  # a run's own
 
     assert [name for name in linked + recipes if not (ROOT / name).exists()] == []
+
+
+def test_the_lines_of_python_run(workshop: Path):
+    (workshop / "demo" / "images").mkdir(parents=True)
+    (workshop / "demo" / "merged").symlink_to(workshop / "base")
+    (script,) = blocks("python")
+    for picture in re.findall(r'"(\S+\.png)"', script):
+        Image.new("RGB", (80, 60), "tomato").save(workshop / picture)
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=workshop,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
