@@ -220,9 +220,45 @@ def test_a_written_full_recipe_loads_as_it_was(tmp_path: Path):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_the_repository_loads(path: Path):
-    method = "lora" if "lora" in path.stem else "full"
+    method = next((m for m in ("qlora", "lora") if m in path.stem), "full")
 
     load_recipe(path, method=method, model="base", data=[Path("a.json")], output=Path("runs/a"))
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "words"),
+    [
+        ("full", ("lr.vision=1e-5",), "the vision is frozen"),
+        ("lora", ("lr.projector=1e-5",), "the projector is frozen"),
+        ("full", ("full.weights=residual", "dtype=fp32"), "residual weights are bf16"),
+        ("full", ("full.weights=stochastic", "trainer.optim=sgd"), "an optimizer of their own"),
+        ("lora", ("full.weights=fp32",), "a lora run does not learn the model's own weights"),
+        ("lora", ("quantize.vision=true",), "a lora run quantizes nothing"),
+        ("full", ("quantize.vision=true",), "a full run quantizes nothing"),
+        ("full", ("lora.r=8",), "a full run has no adapter"),
+        ("lora", ("freeze.language=true",), "LoRA adapts the language model"),
+        ("lora", ("lora.start=pissa", "lora.dora=true"), "`lora.dora` does not go with"),
+        ("lora", ("lora.start=pissa", "lora.rslora=true"), "`lora.rslora` does not go with"),
+        ("lora", ("lora.start=pissa", "lora.rank_pattern={w1: 2}"), "`lora.rank_pattern` does"),
+        ("lora", ("lora.start=pissa", "lora.continue_from=a"), "`lora.continue_from` does not"),
+        ("qlora", ("lora.start=pissa",), "4 bits cannot hold"),
+        ("qlora", ("quantize.vision=true", "freeze.vision=false"), "weights of 4 bits cannot"),
+        ("lora", ("lora.plus=0.5",), "lora.plus"),
+        ("lora", ("lora.rank_pattern={w1: 0}",), "lora.rank_pattern"),
+    ],
+)
+def test_what_cannot_work_together_is_refused_by_its_key(method, overrides, words):
+    assert words in fault_of(*overrides, method=method)
+
+
+def test_each_methods_recipe_has_its_own_sections_and_no_others():
+    texts = {m: recipe_to_yaml(flags_only(method=m)) for m in ("full", "lora", "qlora")}
+
+    found = {
+        method: [name for name in ("lora", "quantize", "full") if f"\n{name}:\n" in text]
+        for method, text in texts.items()
+    }
+    assert found == {"full": ["full"], "lora": ["lora"], "qlora": ["lora", "quantize"]}
 
 
 def test_the_originals_values_whole_are_recipes_of_their_own():

@@ -8,6 +8,7 @@ import pytest
 
 from vltrain.config import Recipe, load_recipe
 from vltrain.errors import VltrainError
+from vltrain.training.checkpoints import publish
 from vltrain.training.run_dir import RunDir, environment
 
 
@@ -129,6 +130,16 @@ def test_metrics_read_back_to_the_last_bit(run: RunDir):
 
     assert run.metrics_file.read_text() == '{"step": 1, "loss": 0.30000000000000004}\n'
     assert run.read_metrics() == [{"step": 1, "loss": loss}]
+
+
+def test_shares_of_deepspeed_are_refused_on_another_number_of_processes(run: RunDir):
+    run.begin(lora_recipe(run.path), {"engine": "deepspeed", "zero_stage": 3, "world_size": 4})
+    (run.path / "checkpoint-2").mkdir()
+    publish(run.path / "checkpoint-2", run.path / "checkpoint-4")
+
+    run.refuse_another_engine("deepspeed", 3, world_size=4)
+    with pytest.raises(VltrainError, match="DeepSpeed's shares of 4 processes, and these are 2"):
+        run.refuse_another_engine("deepspeed", 3, world_size=2)
 
 
 def test_a_loss_that_is_no_number_is_written_as_null(run: RunDir):

@@ -7,6 +7,7 @@ Each line of stdin is a request as `Killer.run` makes it; each line of stdout an
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.0005
+DEADLINE_SECONDS = 400  # of one run, on a busy machine
 
 
 class Killer:
@@ -40,6 +42,7 @@ class Killer:
         while_saving: bool = False,
         delay_seconds: float = 0.0,
         file_limit: int | None = None,
+        processes: int = 1,
     ) -> tuple[int, str]:
         """Run a recipe, and send it and all its processes a signal.
 
@@ -51,12 +54,14 @@ class Killer:
             while_saving: then wait until a checkpoint is being written.
             delay_seconds: then wait so long.
             file_limit: no file may become larger than so many bytes.
+            processes: how many form the run, with what torchrun tells them.
 
         Returns:
             The exit code, negative for a signal as `subprocess` has it, and what was said.
         """
         request = {"recipe": str(recipe), "out": str(out), "send": send, "step": step}
         request |= {"while_saving": while_saving, "delay": delay_seconds, "limit": file_limit}
+        request["processes"] = processes
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -76,7 +81,8 @@ def train_here(request: dict[str, Any], said: Path) -> None:
     from vltrain.workflows.train import train
 
     os.setsid()
-    with said.open("w") as file:
+    others = form_group(request["processes"]) if request["processes"] > 1 else []
+    with said.open("a") as file:  # several processes write to it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     code = 0
@@ -92,7 +98,31 @@ def train_here(request: dict[str, Any], said: Path) -> None:
         traceback.print_exc()
         code = 70
     sys.stdout.flush()
+    for other in others:
+        os.waitpid(other, 0)
     os._exit(code)
+
+
+def form_group(processes: int) -> list[int]:
+    """Fork the other processes of a run; each gets its part of what torchrun would tell it.
+
+    Returns:
+        In the first process the ids of the others, in those none.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    os.environ |= told | {"RANK": "0", "LOCAL_RANK": "0"}
+    others = []
+    for rank in range(1, processes):
+        other = os.fork()
+        if other == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return []
+        others.append(other)
+    return others
 
 
 def last_step(out: Path) -> int:
@@ -110,7 +140,7 @@ def wait_and_kill(child: int, request: dict[str, Any]) -> int:
     started = time.monotonic()
     began = (out / "metrics.jsonl").stat().st_ino if (out / "metrics.jsonl").exists() else 0
     sent = request["step"] is None
-    while time.monotonic() < started + 120:
+    while time.monotonic() < started + DEADLINE_SECONDS:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -125,7 +155,7 @@ def wait_and_kill(child: int, request: dict[str, Any]) -> int:
                 sent = True
         time.sleep(POLL_SECONDS)
     os.killpg(child, signal.SIGKILL)
-    raise TimeoutError(f"{request} took more than two minutes")
+    raise TimeoutError(f"{request} took more than {DEADLINE_SECONDS} s")
 
 
 def main() -> None:
@@ -138,11 +168,12 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         said = Path(request["out"] + ".said")
+        said.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             train_here(request, said)
         code = wait_and_kill(child, request)
-        print(json.dumps({"code": code, "said": said.read_text()}), flush=True)
+        print(json.dumps({"code": code, "said": said.read_text(errors="replace")}), flush=True)
 
 
 if __name__ == "__main__":

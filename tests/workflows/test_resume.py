@@ -55,9 +55,17 @@ def write_recipe(made: tuple[Path, Path], out: Path, *settings: str, method: str
     return file
 
 
-def whole_run(killer: Killer, made: tuple[Path, Path], out: Path, *settings: str, method: str):
+def whole_run(
+    killer: Killer,
+    made: tuple[Path, Path],
+    out: Path,
+    *settings: str,
+    method: str,
+    processes: int = 1,
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The rows and final weights of a run that nobody disturbs."""
-    code, said = killer.run(write_recipe(made, out, *settings, method=method), out)
+    recipe = write_recipe(made, out, *settings, method=method)
+    code, said = killer.run(recipe, out, processes=processes)
     assert code == 0, said
     return rows_of(out), weights_of(out / "final")
 
@@ -79,21 +87,30 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "kills"),
+    ("method", "settings", "kills", "processes"),
     [
-        pytest.param("lora", (), 20, id="lora-padded"),
-        pytest.param("lora", (*PACKED, *WORKERS), 2, id="lora-packed-workers"),
-        pytest.param("lora", (*SPARSE, *WORKERS), 2, id="lora-sparse-logs-eval-workers"),
-        pytest.param("full", WORKERS, 2, id="full-padded-workers"),
-        pytest.param("full", PACKED, 2, id="full-packed"),
+        pytest.param("lora", (), 20, 1, id="lora-padded"),
+        pytest.param("lora", (*PACKED, *WORKERS), 2, 1, id="lora-packed-workers"),
+        pytest.param("lora", (*SPARSE, *WORKERS), 2, 1, id="lora-sparse-logs-eval-workers"),
+        pytest.param("full", WORKERS, 2, 1, id="full-padded-workers"),
+        pytest.param("full", PACKED, 2, 1, id="full-packed"),
+        pytest.param("lora", (), 2, 2, id="lora-padded-ddp"),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_bit(
-    killer: Killer, made, tmp_path: Path, method: str, settings: tuple[str, ...], kills: int
+    killer: Killer,
+    made,
+    tmp_path: Path,
+    method: str,
+    settings: tuple[str, ...],
+    kills: int,
+    processes: int,
 ):
     steps = 4 * kills + 9
     settings = (*settings, f"trainer.max_steps={steps}")
-    rows, weights = whole_run(killer, made, tmp_path / "whole", *settings, method=method)
+    rows, weights = whole_run(
+        killer, made, tmp_path / "whole", *settings, method=method, processes=processes
+    )
     out = tmp_path / "killed"
     recipe = write_recipe(made, out, *settings, method=method)
     chance = random.Random(int.from_bytes(os.urandom(4)))
@@ -103,13 +120,18 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(
         step = (checkpoint_step(there[-1]) if there else 0) + chance.choice((3, 4))
         saving = kill % 2 == 1
         code, said = killer.run(
-            recipe, out, step=step, while_saving=saving, delay_seconds=chance.uniform(0, 0.03)
+            recipe,
+            out,
+            step=step,
+            while_saving=saving,
+            delay_seconds=chance.uniform(0, 0.03),
+            processes=processes,
         )
         assert code == -signal.SIGKILL, (code, said)
         assert all(checkpoint_fault(checkpoint) is None for checkpoint in checkpoints(out))
         assert not (out / "final").exists()
 
-    code, said = killer.run(recipe, out)
+    code, said = killer.run(recipe, out, processes=processes)
     assert code == 0, said
     assert "resuming from" in said
     assert rows_of(out) == rows

@@ -13,6 +13,7 @@ import transformers
 from accelerate import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
@@ -85,7 +86,8 @@ class ResumableTrainer(transformers.Trainer):
         """The last that is done before the optimizer moves: where a bad step can be left out."""
         norm = super()._get_grad_norm(model, *args, **kwargs)
         # The scaling of losses in fp16 overflows now and then, and skips such steps by itself.
-        bad = self._watch.is_bad(None if self.args.fp16 else norm)
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = self._watch.is_bad(None if self.args.fp16 else whole)
         flags = any_process([self._stop_requested(), bad], self.args.device)
         self._stopping, bad = flags
         if bad:

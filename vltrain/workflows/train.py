@@ -29,6 +29,7 @@ from vltrain.models.loading import (
     checkpoint_dtype,
     load_model,
 )
+from vltrain.models.pissa import against_base, double_rank, first_weights
 from vltrain.models.quantization import Nf4, pack_skeleton
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.models.shares import whole_tensors
@@ -135,6 +136,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
         recipe, base.family, base.folder, device=arguments.device, seed=arguments.seed
     )
     held = hold_weights(model, recipe, memory_of_one(engine))
+    first = first_weights(model) if recipe.lora.start == "pissa" else None
     refuse_no_space(
         run,
         saved_bytes(model, engine.name, "adamw_8bit" if held in HELD else str(arguments.optim)),
@@ -155,6 +157,9 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
         fit(console, run, signals, recipe, model, base, halves, arguments, engine, held)
     tensors = final_tensors(model, recipe, base)
     if origin is not None:
+        if first is not None:
+            tensors = against_base(tensors, first)
+            double_rank(model.peft_config["default"])
         save_final(run, model, tensors, origin)
         plot_loss(run.read_metrics(), run.loss_plot)
         run.mark_finished()
