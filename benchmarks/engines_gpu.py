@@ -117,7 +117,7 @@ def recipe(bench: Bench, name: str, method: str, engine: dict[str, str], **train
         "trainer": {
             "max_steps": STEPS,
             "per_device_train_batch_size": 1,
-            "learning_rate": 1e-4,
+            "learning_rate": 1e-4 if method == "lora" else 1e-5,  # more, and wide models diverge
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
             "save_strategy": "no",
@@ -170,7 +170,7 @@ def start(
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [sys.executable, *(torchrun if processes > 1 else []), script, kind, str(results), *cells],
-        env=environment(bench),
+        env=environment(bench, processes),
         stdout=subprocess.DEVNULL,
         stderr=(bench.folder / "stderr.txt").open("w"),
         text=True,
@@ -178,10 +178,15 @@ def start(
     )
 
 
-def environment(bench: Bench) -> dict[str, str]:
-    """Of all processes; NVLink multicast stays as the machine has it."""
+def environment(bench: Bench, processes: int = 2) -> dict[str, str]:
+    """Of all processes; NVLink multicast stays as the machine has it.
+
+    One process sees one GPU: transformers would spread it over all by nn.DataParallel.
+    """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if bench.tiny else {}
+    hidden = {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {}
+    if bench.tiny:
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}
     threads = "1" if bench.tiny else "8"
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, **hidden}
 
