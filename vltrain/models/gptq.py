@@ -6,6 +6,8 @@ what lies below them, and training with them goes on without a word while most a
 the one in plain torch gives all gradients, and is the one that is used here.
 """
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,8 @@ class PackedLayersLoader(HfQuantizer):
     quantization_config: PackedLayers
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+        with redirect_stdout(io.StringIO()):  # it greets with a banner
+            from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
         settings = self.quantization_config
         for name in settings.layers:
@@ -119,7 +122,8 @@ class PackedLayersLoader(HfQuantizer):
             layer = model.get_submodule(name)
             layer.optimized = True  # compiling takes minutes, and a C++ compiler on a CPU
             layer.post_init()
-            convert_gptq_v1_to_v2_format_module(layer, layer.bits, layer.pack_dtype)
+            with redirect_stdout(io.StringIO()):  # it tells that it converts
+                convert_gptq_v1_to_v2_format_module(layer, layer.bits, layer.pack_dtype)
 
     def is_serializable(self) -> bool:
         return False  # an adapter is saved, the base never
