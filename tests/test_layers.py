@@ -18,12 +18,16 @@ FLOORS = (
     ("data", "models", "demo"),
     ("training", "evaluation"),
     ("workflows",),
+    ("commands",),
     ("cli",),
     ("__main__", "__init__"),
 )
 LEVELS = {floor: level for level, row in enumerate(FLOORS) for floor in row}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "tiktoken"}
-LIGHT_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "recipe_yaml.py")
+LIGHT_MODULES = (
+    *("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "recipe_yaml.py"),
+    *("commands/__init__.py", "commands/chat.py", "commands/convert.py", "commands/options.py"),
+)
 WITH_TORCH = ("collation.py", "streaming.py")  # of data
 TORCH_FREE = sorted(path for path in (PACKAGE / "data").glob("*.py") if path.name not in WITH_TORCH)
 

@@ -10,6 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vltrain import __version__
+from vltrain.commands.chat import chat
+from vltrain.commands.convert import app as convert
+from vltrain.commands.options import (
+    AllowUrls,
+    Data,
+    DataFiles,
+    DataFormat,
+    Gpus,
+    ImageRoot,
+    Labels,
+    Model,
+    Output,
+    Overrides,
+    RecipePath,
+    pictures_option,
+)
 from vltrain.errors import Stopped, VltrainError
 from vltrain.training.processes import (
     end_after_failure,
@@ -22,7 +38,6 @@ from vltrain.workflows.quiet import quiet_loggers
 
 if TYPE_CHECKING:
     from vltrain.config import Method
-    from vltrain.data.pictures import Pictures
 
 app = typer.Typer(
     name="vltrain",
@@ -31,83 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help needs no rich, and answers in a third of the time
 )
-
-convert = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Make training JSON of the annotation files people have.",
-)
 app.add_typer(convert, name="convert")
-
-RecipePath = Annotated[
-    Path | None,
-    typer.Argument(help="The run as YAML; see recipes/. Without it, the built-in defaults."),
-]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="A folder of weights, or a name on the hub: org/name[@revision]."),
-]
-Data = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--data",
-        help="Conversations as JSON, JSONL or Parquet, a folder, or a dataset on the hub: "
-        "org/name[@revision][:split]; repeatable.",
-    ),
-]
-DataFiles = Annotated[
-    list[Path],
-    typer.Argument(
-        help="Conversations: JSON, JSONL, Parquet, a folder of Parquet or of a saved dataset, or "
-        "a dataset on the hub: org/name[@revision][:split]."
-    ),
-]
-DataFormat = Annotated[
-    Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"],
-    typer.Option("--format", help="How records are read; auto tells by their content."),
-]
-Labels = Annotated[
-    Literal["assistant", "reference"],
-    typer.Option("--labels", help="What a run learns of it, as its data.labels."),
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", help="The directory that the run is written to.")
-]
-Gpus = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus",
-        min=1,
-        help="How many GPUs of this machine to train on. Default: one. For several machines, or "
-        "processes on a CPU, call torchrun -m vltrain in its place.",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Any other key of the recipe, as in --set data.max_length=1024; repeatable.",
-    ),
-]
-AnnotationFile = Annotated[Path, typer.Argument(metavar="FILE", help="The annotations.")]
-TrainingFile = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", help="The training file to make: a JSON list, or JSONL by its ending."
-    ),
-]
-Images = Annotated[
-    Path | None,
-    typer.Option("--images", help="The folder that the annotations' picture names start from."),
-]
-ImageRoot = Annotated[
-    Path | None,
-    typer.Option("--image-root", help="Where relative picture paths start, tried first."),
-]
-AllowUrls = Annotated[
-    bool, typer.Option("--allow-urls", help="Download pictures that are http(s) URLs.")
-]
 
 
 def main() -> None:
@@ -142,13 +81,6 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"vltrain {__version__}")
         raise typer.Exit
-
-
-def _pictures(image_root: Path | None, allow_urls: bool) -> "Pictures":
-    """Where a command looks for pictures."""
-    from vltrain.data.pictures import pictures_at
-
-    return pictures_at(image_root, allow_urls)
 
 
 @app.callback()
@@ -260,45 +192,7 @@ def merge(
     merge_adapter(adapter, out, base=base)
 
 
-@app.command()
-def chat(
-    model: Annotated[
-        str, typer.Argument(help="A base, merged or adapter folder, or a name on the hub.")
-    ],
-    questions: Annotated[
-        Path,
-        typer.Option("--input", help="Conversations to answer: whatever is trained on."),
-    ],
-    answers: Annotated[
-        Path,
-        typer.Option("--output", help="JSONL to write: one object for each assistant turn."),
-    ],
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Questions answered side by side.")
-    ] = 32,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Tokens after which an answer is cut.")
-    ] = 512,
-    data_format: DataFormat = "auto",
-    image_root: ImageRoot = None,
-    allow_urls: AllowUrls = False,
-) -> None:
-    """Answer every question of a file.
-
-    Each token is the likeliest one. A run that was cut off goes on where it stopped.
-    """
-    from vltrain.evaluation.generation import Decoding
-    from vltrain.workflows.chat import answer_file
-
-    answer_file(
-        model,
-        questions,
-        answers,
-        batch_size=batch_size,
-        decoding=Decoding(max_new_tokens),
-        format=data_format,
-        pictures=_pictures(image_root, allow_urls),
-    )
+app.command()(chat)
 
 
 @app.command()
@@ -340,7 +234,7 @@ def check(
     raise typer.Exit(
         check_data(
             data,
-            pictures=_pictures(image_root, allow_urls),
+            pictures=pictures_option(image_root, allow_urls),
             model=model,
             max_length=max_length,
             too_long=too_long,
@@ -351,75 +245,6 @@ def check(
             as_json=as_json,
         )
     )
-
-
-@convert.command()
-def coco(
-    file: AnnotationFile,
-    output: TrainingFile,
-    images: Images = None,
-    question: Annotated[
-        str, typer.Option("--question", help="What is asked about each category.")
-    ] = "Detect every {category}.",
-) -> None:
-    """COCO's instances_*.json: one conversation for each picture.
-
-    A question for each category on it; the answer names all its boxes. Crowds and boxes without
-    area are left out and counted.
-    """
-    from vltrain.workflows.convert import convert_coco_file
-
-    convert_coco_file(file, output, images=images, question=question)
-
-
-@convert.command()
-def refcoco(
-    file: AnnotationFile,
-    output: TrainingFile,
-    images: Images = None,
-    boxes: Annotated[
-        Literal["xywh", "xyxy", "normalised"],
-        typer.Option(
-            "--boxes",
-            help="How boxes are written: corner and size or two corners in pixels, or two corners "
-            "as shares of the sides.",
-        ),
-    ] = "xywh",
-    splits: Annotated[
-        list[str] | None, typer.Option("--split", help="Entries to take, by `split`; repeatable.")
-    ] = None,
-    instances: Annotated[
-        Path | None,
-        typer.Option("--instances", help="The instances.json with the boxes, where FILE has none."),
-    ] = None,
-    question: Annotated[
-        str, typer.Option("--question", help="What is asked about each expression.")
-    ] = "Where is {expression}?",
-) -> None:
-    """RefCOCO, RefCOCO+, RefCOCOg as JSON: one conversation for each expression.
-
-    Entries are {"image", "expressions", "bbox", "width", "height"}, or refs(unc).p saved as JSON
-    together with --instances. A pickle is refused.
-    """
-    from vltrain.workflows.convert import convert_refcoco_file
-
-    convert_refcoco_file(
-        file,
-        output,
-        images=images,
-        boxes=boxes,
-        splits=splits or (),
-        instances=instances,
-        question=question,
-    )
-
-
-@convert.command()
-def llava(file: AnnotationFile, output: TrainingFile, images: Images = None) -> None:
-    """LLaVA's list: <image> in the text, the picture's name under `image`."""
-    from vltrain.workflows.convert import convert_llava_file
-
-    convert_llava_file(file, output, images=images)
 
 
 @app.command()
@@ -456,7 +281,7 @@ def preview(
         seed=seed,
         format=data_format,
         labels=labels,
-        pictures=_pictures(image_root, allow_urls),
+        pictures=pictures_option(image_root, allow_urls),
         max_length=max_length,
     )
 
@@ -489,7 +314,7 @@ def stats(
         model=model,
         format=data_format,
         labels=labels,
-        pictures=_pictures(image_root, allow_urls),
+        pictures=pictures_option(image_root, allow_urls),
         max_length=max_length,
         as_json=as_json,
     )
