@@ -12,7 +12,6 @@ estimate can be printed.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -163,7 +162,6 @@ def main() -> None:
                 except (RuntimeError, ValueError, BrokenProcessPool) as error:
                     row = {"cell": cell, "tokens": tokens, "failed": f"{error}"[:500]}
             print(json.dumps(row), flush=True)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.console import Console
 from tiny import write_conversations, write_qwen_vl
 from transformers import TrainerCallback
 
+import vltrain.workflows.estimate
 import vltrain.workflows.train
 from vltrain.config import Method, Recipe, load_recipe
 from vltrain.data.collation import Collator
@@ -23,6 +24,7 @@ from vltrain.training.moments import Sharing
 from vltrain.training.profiling import measure
 from vltrain.training.trainer import Trainer
 from vltrain.workflows.estimate import (
+    can_be_probed,
     draft,
     epoch_steps,
     estimate_run,
@@ -314,6 +316,22 @@ def test_steps_are_measured_and_leave_nothing_behind(base: Path, data: Path, tmp
     assert epoch.steps == epoch_steps(recipe, halves) == 1  # 4 samples, 8 to a step
     assert epoch.seconds == epoch.seconds_per_step > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gpu_bytes", "gpus", "expected"), [(2**34, 1, True), (2**34, 2, False), (2**20, 1, False)]
+)
+def test_only_a_run_that_fits_the_one_gpu_is_probed(
+    base: Path, data: Path, tmp_path: Path, monkeypatch, gpu_bytes: int, gpus: int, expected: bool
+):
+    recipe = a_recipe(base, data, tmp_path / "run", "dtype=fp32")
+    read, arguments = read_base(recipe.model), training_arguments(recipe)
+    halves = read_halves(NO_CONSOLE, recipe, read, arguments)
+    run = run_memory(recipe, read, arguments, BatchSizes(1, 100, 50, 1))
+
+    assert not can_be_probed(run, halves, 1)  # without a GPU
+    monkeypatch.setattr(vltrain.workflows.estimate, "gpu_memory", lambda: gpu_bytes)
+    assert can_be_probed(run, halves, gpus) is expected
 
 
 def test_as_many_steps_are_timed_as_are_run(base: Path, data: Path, tmp_path: Path):

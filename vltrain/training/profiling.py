@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -49,7 +50,7 @@ class Measured:
 
 
 def measure(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     arguments: TrainingArguments,
     dataset: Dataset,
     collator: Callable[..., dict[str, Any]],

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from vltrain.config import Method, Recipe, load_recipe
 from vltrain.data.collation import Collator, collate_rows
@@ -24,7 +25,6 @@ from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.engines import Machine, choose_engine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
@@ -35,7 +35,7 @@ from vltrain.workflows.memory import (
     show_memory,
     work_of,
 )
-from vltrain.workflows.prepare import hold_weights, let_learn, shape_of
+from vltrain.workflows.prepare import hold_weights, let_learn, refuse_unfit_base, shape_of
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves
 from vltrain.workflows.train import (
@@ -96,6 +96,7 @@ def estimate_run(
     recipe = intended(recipe)
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
+    refuse_unfit_base(recipe, base.folder)
     halves = None
     sizes = base.family.read_sizes(base.config)
     if recipe.data.files == (NOT_GIVEN,):
@@ -107,20 +108,21 @@ def estimate_run(
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
     run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
-    if probe and halves is not None and can_be_probed(halves, gpus):
-        refuse_what_cannot_fit(recipe, run, gpu_memory() or 0)
+    if probe and halves is not None and can_be_probed(run, halves, gpus):
         epoch = probe_epoch(recipe, base, halves)
     if as_json:
         print(json.dumps(as_object(recipe, run, gpu_bytes, epoch)))
         return
     console.print(Text(f"{recipe.method} · {base.source.name} · {base.family.name}", "bold"))
     show_memory(console, run, gpu_bytes)
-    console.print(_time_line(epoch, halves, gpus), soft_wrap=True)
+    console.print(_time_line(epoch, halves, gpus, probe=probe), soft_wrap=True)
 
 
-def can_be_probed(halves: Halves, gpus: int) -> bool:
+def can_be_probed(run: RunMemory, halves: Halves, gpus: int) -> bool:
     """Whether an epoch of the data has steps, and this machine can run them as the run would."""
-    return torch.cuda.is_available() and gpus == 1 and halves.epoch_units[0] > 0
+    there = gpu_memory()
+    fits = there is not None and run.estimate.needed <= there
+    return fits and gpus == 1 and halves.epoch_units[0] > 0
 
 
 def draft(
@@ -227,7 +229,7 @@ def probe_recipe(recipe: Recipe, folder: Path) -> Recipe:
     return replace(recipe, output=folder, trainer=recipe.trainer | quiet)
 
 
-def random_model(recipe: Recipe, base: Base, *, seed: int) -> Any:
+def random_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
     """The base with random weights, made on the GPU where there is one, ready to learn."""
     torch.manual_seed(seed)
     torch.set_default_dtype(DTYPES[run_dtype(recipe)])
@@ -277,7 +279,7 @@ def as_object(
     }
 
 
-def _time_line(epoch: EpochTime | None, halves: Halves | None, gpus: int) -> str:
+def _time_line(epoch: EpochTime | None, halves: Halves | None, gpus: int, *, probe: bool) -> str:
     """An epoch's time, or what is missing to say it."""
     if epoch is not None:
         return (
@@ -292,6 +294,8 @@ def _time_line(epoch: EpochTime | None, halves: Halves | None, gpus: int) -> str
         return "time: what is streamed has no epoch"
     if gpus > 1:
         return "time: it is measured on one GPU, and these are several"
+    if probe:
+        return "time: it is measured, and the run does not fit the GPU that is here"
     return "time: not measured, as --no-probe asks"
 
 
