@@ -7,7 +7,7 @@ import torch
 from tiny import QWEN_VL_CONFIG, write_qwen_vl
 
 from vltrain.config import FreezeConfig
-from vltrain.models.adapters import Adapter, add_lora, set_learned
+from vltrain.models.adapters import Adapter, add_lora, set_learned, widen_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.census import skeleton, take_census
 from vltrain.models.loading import load_model
@@ -19,6 +19,7 @@ TINY = QwenVLConfig.from_published(dict(QWEN_VL_CONFIG))
 
 def test_the_published_model_is_counted_part_by_part():
     model = set_learned(skeleton(QWEN_VL, QwenVLConfig(), torch.bfloat16), QWEN_VL, FreezeConfig())
+    widen_learned(model)
 
     census = take_census(model, QWEN_VL)
 

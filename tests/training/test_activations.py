@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vltrain.config import FreezeConfig
-from vltrain.models.adapters import Adapter, add_lora, set_learned
+from vltrain.models.adapters import Adapter, add_lora, set_learned, widen_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.census import take_census
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -185,6 +185,7 @@ def test_a_decoder_layer_keeps_what_the_formula_says(method, half):
         model = model.bfloat16() if half else model
         if method == "full":
             model = set_learned(model, QWEN_VL, FreezeConfig())
+            widen_learned(model)
         else:
             adapter = Adapter(r=8, dropout=0.0)  # dropout's mask is bool on a GPU alone
             model = add_lora(model, QWEN_VL, FreezeConfig(), adapter, seed=0)
