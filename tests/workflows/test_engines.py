@@ -2,17 +2,14 @@
 
 import io
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from group import train_all
+from engine_place import Place, losses, make_place, run_together
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import write_conversations, write_qwen_vl
 
-from vltrain.config import Recipe, load_recipe, recipe_to_yaml
+from vltrain.config import Recipe
 from vltrain.models import load_model
 from vltrain.training.run_dir import RunDir
 from vltrain.workflows.merge import merge
@@ -20,14 +17,6 @@ from vltrain.workflows.train import train
 
 pytestmark = pytest.mark.slow
 
-COMMON = (
-    "trainer.max_steps=6",
-    "trainer.per_device_train_batch_size=1",
-    "trainer.learning_rate=1e-3",
-    "trainer.lr_scheduler_type=constant",
-    "trainer.report_to=none",
-)
-LORA = ("lora.r=4", "lora.dropout=0")
 ENGINES = {
     "ddp": ("engine=ddp",),
     "zero1": ("deepspeed=zero1",),
@@ -38,43 +27,9 @@ PACKED = ("data.packing=true", "data.max_length=200", "trainer.max_steps=2")
 IN_ORDER = "trainer.train_sampling_strategy=sequential"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the runs of this file find their base and data, and where they lie."""
-
-    base: Path
-    data: Path
-    odd: Path  # the first five records of it
-    runs: Path
-
-    def recipe(self, name: str, method: str, *overrides: str, data: Path | None = None) -> Recipe:
-        """A run of that name; with adapters, small ones without dropout."""
-        settings = [*COMMON, *(LORA if method == "lora" else ()), *overrides]
-        return load_recipe(
-            None,
-            method=method,
-            model=str(self.base),
-            data=[data or self.data],
-            output=self.runs / name,
-            overrides=settings,
-        )
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Sixteen records: every second one has pictures, the others are text alone."""
-    folder = tmp_path_factory.mktemp("engines")
-    seen = json.loads(write_conversations(folder).read_text(encoding="utf-8"))
-    records = []
-    for number in range(8):
-        turns = [("user", f"Say {number}."), ("assistant", f"It is {number}, " * (number + 1))]
-        text = {"conversations": [{"from": who, "value": words} for who, words in turns]}
-        records += [seen[number % 4], text]
-    data = folder / "mixed.json"
-    data.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    odd = folder / "odd.json"
-    odd.write_text(json.dumps(records[:5], ensure_ascii=False), encoding="utf-8")
-    return Place(write_qwen_vl(folder / "base"), data, odd, folder / "runs")
+    return make_place(tmp_path_factory.mktemp("engines"))
 
 
 def cells(place: Place) -> list[Recipe]:
@@ -103,12 +58,7 @@ def cells(place: Place) -> list[Recipe]:
 @pytest.fixture(scope="module")
 def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
     """All cells, run by two processes; what was shown."""
-    folder = tmp_path_factory.mktemp("recipes")
-    files = []
-    for recipe in cells(place):
-        files.append(folder / f"{recipe.output.name}.yaml")
-        files[-1].write_text(recipe_to_yaml(recipe), encoding="utf-8")
-    return train_all(2, files).stdout
+    return run_together(2, cells(place), tmp_path_factory.mktemp("recipes"))
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +72,6 @@ def one(place: Place) -> Place:
     whole = "trainer.gradient_accumulation_steps=4"
     train(place.recipe("full-packed", "full", whole, *PACKED), Console(file=io.StringIO()))
     return place
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in RunDir(run).read_metrics() if "loss" in row]
 
 
 def reference(name: str) -> str:

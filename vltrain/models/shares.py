@@ -33,7 +33,8 @@ def whole_tensors(
         keep: whether this process wants them; the others only give their shares.
 
     Returns:
-        Tensors on the CPU where they were shared out, else as they are; {} without `keep`.
+        Tensors on the CPU where they were shared out, else as they are; {} without `keep`. What
+        DeepSpeed learns in float32 and computes with in 16 bits is the float32.
     """
     whole = {name: _whole(parameter, keep=keep) for name, parameter in parameters}
     return {name: tensor for name, tensor in whole.items() if tensor is not None}
@@ -41,6 +42,9 @@ def whole_tensors(
 
 @torch.no_grad()
 def _whole(parameter: nn.Parameter, *, keep: bool) -> Tensor | None:
+    master = _float32_master(parameter)
+    if master is not None:
+        return master.cpu() if keep else None
     if is_zero3(parameter):
         import deepspeed
 
@@ -50,3 +54,13 @@ def _whole(parameter: nn.Parameter, *, keep: bool) -> Tensor | None:
         gathered = parameter.detach().full_tensor()
         return gathered.cpu() if keep else None
     return parameter.detach() if keep else None
+
+
+def _float32_master(parameter: nn.Parameter) -> Tensor | None:
+    """What DeepSpeed's optimizer holds of a parameter of 16 bits that learns; None of others."""
+    linked = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+    if not linked or parameter.dtype == torch.float32:
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)

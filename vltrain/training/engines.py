@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vltrain.config import EngineChoice
 from vltrain.errors import VltrainError
+from vltrain.training.deepspeed_file import for_cpu
 from vltrain.training.processes import process_count, started_by_torchrun
 
 EngineName = Literal["none", "ddp", "deepspeed", "fsdp2"]
@@ -107,7 +108,9 @@ def choose_engine(
     if choice == "deepspeed" or deepspeed is not None:
         _refuse_deepspeed(machine)
         if deepspeed is not None:
-            return Engine("deepspeed", "the recipe asks for it", read_deepspeed(deepspeed))
+            config = read_deepspeed(deepspeed)
+            config = for_cpu(config) if machine.gpu_bytes is None else config
+            return Engine("deepspeed", "the recipe asks for it", config)
         fitting, reason = _smallest_that_fits(machine, load(), allow_ddp=False)
         return Engine("deepspeed", reason, read_deepspeed(fitting))
     if not machine.grouped:

@@ -19,6 +19,7 @@ from vltrain.models.loading import load_model
 from vltrain.models.quantization import Nf4
 from vltrain.models.shares import element_count
 from vltrain.training.arguments import run_dtype
+from vltrain.training.deepspeed_file import refuse_file_against_recipe
 from vltrain.training.engines import Engine
 from vltrain.training.full_weights import HELD, HeldWeights, held_weights
 
@@ -46,7 +47,10 @@ def refuse_unfit_base(recipe: Recipe, folder: Path) -> None:
 
 
 def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
-    """Raise VltrainError where processes would share out what they cannot."""
+    """Raise VltrainError where processes would share out what they cannot, or a file of
+    DeepSpeed's would undo what the recipe asks for."""
+    if engine.config is not None:
+        refuse_file_against_recipe(recipe, engine.config)
     weights = recipe.full.weights
     if recipe.method == "qlora" and engine.shards_weights:
         raise VltrainError.at(

@@ -37,6 +37,7 @@ from vltrain.models.sizes import Census
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.checkpoints import checkpoint_step
+from vltrain.training.deepspeed_file import decisions_of_file
 from vltrain.training.disk import saved_bytes
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
@@ -328,6 +329,9 @@ def show_plan(
         console.print(
             f"{process_count()} processes under {engine}: {engine.reason}", soft_wrap=True
         )
+        on_cpu = arguments.device.type == "cpu"
+        for line in decisions_of_file(engine.config or {}, cpu=on_cpu):
+            console.print(line, soft_wrap=True)
 
 
 def fit(
@@ -380,7 +384,7 @@ def final_tensors(
 ) -> dict[str, torch.Tensor]:
     """What a run has made, put together from all processes; {} in all but the first.
 
-    Of an adapter what has learned, in its own dtype; of a model all of it, in its checkpoint's
+    Of an adapter what has learned, in the dtype that it learns in; of a model all of it, in its checkpoint's
     dtype and by its published names. What did not learn is the base's to the bit: a run in a
     narrower dtype has rounded it, so it is read again then.
     """

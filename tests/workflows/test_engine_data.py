@@ -1,0 +1,185 @@
+"""Several processes with the data, the evaluation and the files of DeepSpeed's that users have."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine_place import Place, losses, make_place, run_together
+from rich.console import Console
+from safetensors.torch import load_file
+
+from vltrain.config import Recipe
+from vltrain.training.run_dir import RunDir
+from vltrain.workflows.train import train
+
+pytestmark = pytest.mark.slow
+
+ORIGINAL = Path(__file__).parents[1] / "original"
+BY_ONE = "trainer.gradient_accumulation_steps=1"
+BY_TWO = "trainer.gradient_accumulation_steps=2"
+BY_FOUR = "trainer.gradient_accumulation_steps=4"
+BY_EIGHT = "trainer.gradient_accumulation_steps=8"
+STREAM = ("data.streaming=true", "data.shuffle_buffer=4")
+BEST = (  # the worst of the checkpoints, so that it is not the last
+    "data.eval_share=0.3",
+    "trainer.save_steps=2",
+    "trainer.max_steps=4",
+    "trainer.load_best_model_at_end=true",
+    "trainer.metric_for_best_model=eval_loss",
+    "trainer.greater_is_better=true",
+)
+EPOCHS = ("trainer.max_steps=-1", "trainer.num_train_epochs=2", BY_ONE)
+PACKED = ("data.packing=true", "data.max_length=200")
+BF16 = ("dtype=bf16", "trainer.max_steps=2", BY_ONE)
+ZERO2_FILE, ZERO3_FILE = (f"deepspeed={ORIGINAL}/ds_config_zero{stage}.json" for stage in (2, 3))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("engines"))
+
+
+def mix_of(place: Place) -> str:
+    """Thirteen of the sixteen records an epoch, which two processes cannot share evenly."""
+    return f"data.mix=[{{file: {place.data}, samples: 13}}]"
+
+
+@pytest.fixture(scope="module")
+def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Runs of two processes, in one start; what was shown."""
+    four_at_once = "trainer.per_device_train_batch_size=4"
+    runs = [
+        place.recipe("file2-lora", "lora", BY_TWO, ZERO2_FILE),
+        place.recipe("file3-full", "full", BY_TWO, ZERO3_FILE),
+        place.recipe("one_by_four", "lora", BY_FOUR, "engine=ddp"),
+        place.recipe("four_by_one", "lora", BY_ONE, four_at_once, "engine=ddp"),
+        place.recipe("one_by_four-zero2", "lora", BY_FOUR, "deepspeed=zero2"),
+        place.recipe("four_by_one-zero2", "lora", BY_ONE, four_at_once, "deepspeed=zero2"),
+        place.recipe("stream", "lora", BY_TWO, *STREAM, "engine=ddp"),
+        place.recipe("stream-zero3", "lora", BY_TWO, *STREAM, "deepspeed=zero3"),
+        place.recipe("mix", "lora", BY_TWO, mix_of(place), "engine=ddp"),
+        place.recipe("mix-epochs", "lora", *EPOCHS, mix_of(place), "deepspeed=zero3"),
+        place.recipe("packed-epochs", "lora", *EPOCHS, *PACKED, "engine=ddp"),
+        place.recipe("best", "lora", *BEST, BY_TWO, "engine=ddp"),
+        place.recipe("best-zero2", "lora", *BEST, BY_TWO, "deepspeed=zero2"),
+        place.recipe("best-zero3", "lora", *BEST, BY_TWO, "deepspeed=zero3"),
+        place.recipe("bf16-zero2", "lora", *BF16, "deepspeed=zero2"),
+        place.recipe("bf16-zero3", "lora", *BF16, "deepspeed=zero3"),
+    ]
+    return run_together(2, runs, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Runs of four processes, in one start; what was shown."""
+    runs = [
+        place.recipe("four-ddp", "lora", BY_ONE, "engine=ddp"),
+        place.recipe("four-zero2", "lora", BY_ONE, "deepspeed=zero2"),
+    ]
+    return run_together(4, runs, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """What one process makes of the same batches; with DeepSpeed only where its file is used."""
+
+    def alone(name: str, *settings: str) -> Recipe:
+        return place.recipe(name, "lora", *settings)
+
+    for recipe in (
+        alone("whole", BY_FOUR),
+        alone("whole-eight", BY_EIGHT),
+        alone("whole-stream", BY_FOUR, *STREAM),
+        alone("whole-mix", BY_FOUR, mix_of(place)),
+        alone("whole-best", BY_FOUR, *BEST),
+    ):
+        train(recipe, Console(file=io.StringIO()))
+    files = [
+        place.recipe(f"whole-file-{method}", method, BY_FOUR, ZERO2_FILE)
+        for method in ("lora", "full")
+    ]
+    run_together(1, files, tmp_path_factory.mktemp("one"))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("file2-lora", "whole-file-lora"),
+        ("file3-full", "whole-file-full"),
+        ("one_by_four", "whole-eight"),
+        ("four_by_one", "whole-eight"),
+        ("one_by_four-zero2", "whole-eight"),
+        ("four_by_one-zero2", "whole-eight"),
+        ("stream", "whole-stream"),
+        ("stream-zero3", "whole-stream"),
+        ("mix", "whole-mix"),
+        ("best", "whole-best"),
+        ("best-zero2", "whole-best"),
+        ("best-zero3", "whole-best"),
+    ],
+)
+def test_two_processes_lose_what_one_loses(place, one, two, name, reference):
+    together, alone = losses(place.runs / name), losses(place.runs / reference)
+
+    assert len(together) == len(alone) == (4 if name.startswith("best") else 6)
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert max(alone) - min(alone) > 0.01
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_four_processes_lose_what_one_loses(place, one, four, engine):
+    run = place.runs / f"four-{engine}"
+
+    assert losses(run) == pytest.approx(losses(place.runs / "whole"), abs=1e-4)
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 4
+
+
+def test_the_originals_files_say_what_they_decide(place, two):
+    for line in (
+        "the optimizer is the DeepSpeed file's: torch's AdamW, on a CPU",
+        "the learning rate follows the DeepSpeed file's WarmupLR",
+    ):
+        assert two.count(line) == 2
+    rates = [row["learning_rate"] for row in RunDir(place.runs / "file2-lora").read_metrics()]
+    assert rates[-1] == pytest.approx(1e-3)
+
+
+def test_epochs_of_a_mix_end_alike_on_every_process(place, two):
+    # 13 samples an epoch, 2 a step
+    assert len(losses(place.runs / "mix-epochs")) == 2 * 7
+
+
+def test_epochs_of_packed_rows_end_alike_on_every_process(place, two):
+    rows = RunDir(place.runs / "packed-epochs").read_metrics()
+
+    assert len(rows) % 2 == 0
+    assert rows[-1]["epoch"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", ["best", "best-zero2", "best-zero3"])
+def test_the_best_checkpoint_of_several_processes_is_that_of_one(place, one, two, name):
+    measured = [
+        [row["eval_loss"] for row in RunDir(place.runs / run).read_metrics() if "eval_loss" in row]
+        for run in (name, "whole-best")
+    ]
+    ours, theirs, untaken = (
+        load_file(place.runs / run / "adapter_model.safetensors")
+        for run in (f"{name}/final", "whole-best/final", "whole-best/checkpoint-4")
+    )
+
+    assert len(measured[0]) == 2
+    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
+    for tensor in ours:
+        torch.testing.assert_close(ours[tensor], theirs[tensor], atol=1e-3, rtol=0)
+    assert any((ours[name] - untaken[name]).abs().max() > 1e-3 for name in ours)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_adapter_learned_in_bf16_is_saved_from_deepspeeds_float32(place, two, stage):
+    adapter = load_file(place.runs / f"bf16-zero{stage}" / "final" / "adapter_model.safetensors")
+
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in adapter.values())
