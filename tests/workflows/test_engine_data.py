@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,10 @@ def test_the_originals_files_say_what_they_decide(place, two):
         assert two.count(line) == 2
     rates = [row["learning_rate"] for row in RunDir(place.runs / "file2-lora").read_metrics()]
     assert rates[-1] == pytest.approx(1e-3)
+
+
+def test_nothing_is_compiled_on_a_cpu(two):
+    assert not (Path(os.environ["XDG_CACHE_HOME"]) / "torch_extensions").exists()
 
 
 def test_epochs_of_a_mix_end_alike_on_every_process(place, two):

@@ -384,9 +384,9 @@ def final_tensors(
 ) -> dict[str, torch.Tensor]:
     """What a run has made, put together from all processes; {} in all but the first.
 
-    Of an adapter what has learned, in the dtype that it learns in; of a model all of it, in its checkpoint's
-    dtype and by its published names. What did not learn is the base's to the bit: a run in a
-    narrower dtype has rounded it, so it is read again then.
+    Of an adapter what has learned, in the dtype that it learns in; of a model all of it, in its
+    checkpoint's dtype and by its published names. What did not learn is the base's to the bit: a
+    run in a narrower dtype has rounded it, so it is read again then.
     """
     parameters = list(model.named_parameters())
     if isinstance(model, PeftModel):  # of a copy that learns in part, all is saved
