@@ -42,9 +42,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("engines"))
 
 
-def mix_of(place: Place) -> str:
-    """Twelve of the sixteen records an epoch."""
-    return f"data.mix=[{{file: {place.data}, samples: 13}}]"
+def mix_of(place: Place, samples: int) -> str:
+    """So many of the sixteen records an epoch."""
+    return f"data.mix=[{{file: {place.data}, samples: {samples}}}]"
 
 
 @pytest.fixture(scope="module")
