@@ -187,6 +187,14 @@ def test_full_weights_in_bf16_halve_weights_and_gradients(bare: Path, capsys):
     assert narrow["optimizer"] * 2 < wide["optimizer"] * 1.02  # 2 bytes, two of 1 and their scales
 
 
+def test_what_a_full_run_decides_by_the_gpus_size_is_said(bare: Path, capsys):
+    estimate_run(None, method="full", model=str(bare), memory_gib=1)  # too small for fp32
+
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "(full.weights: stochastic)" in out
+    assert "GPUs:" not in out  # one process shares nothing out
+
+
 def test_several_gpus_share_the_model_as_the_recipe_says(bare: Path, capsys):
     found = {}
     for engine in ("ddp", "fsdp2"):
@@ -194,8 +202,20 @@ def test_several_gpus_share_the_model_as_the_recipe_says(bare: Path, capsys):
         estimate_run(None, method="full", model=str(bare), overrides=settings, gpus=4, memory_gib=8)
         found[engine] = capsys.readouterr().out
 
-    assert "on each of 4 GPUs, under ddp: the recipe asks for it" in found["ddp"]
-    assert "on each of 4 GPUs, under fsdp2" in found["fsdp2"]
+    assert "GPUs: 4, each as said, under ddp: the recipe asks for it" in found["ddp"]
+    assert "GPUs: 4, each as said, under fsdp2" in found["fsdp2"]
+
+
+def test_an_engine_that_cannot_share_what_there_is_is_refused(bare: Path):
+    with pytest.raises(VltrainError, match="those of 4 bits cannot be"):
+        estimate_run(
+            None,
+            method="qlora",
+            model=str(bare),
+            overrides=["deepspeed=zero3"],
+            gpus=2,
+            memory_gib=8,
+        )
 
 
 def test_the_choice_of_an_engine_needs_the_gpus_size(bare: Path):

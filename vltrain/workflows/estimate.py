@@ -35,7 +35,14 @@ from vltrain.workflows.memory import (
     show_memory,
     work_of,
 )
-from vltrain.workflows.prepare import hold_weights, let_learn, refuse_unfit_base, shape_of
+from vltrain.workflows.prepare import (
+    decisions,
+    hold_weights,
+    let_learn,
+    refuse_unfit_base,
+    refuse_unfit_engine,
+    shape_of,
+)
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves
 from vltrain.workflows.train import (
@@ -114,6 +121,8 @@ def estimate_run(
         print(json.dumps(as_object(recipe, run, gpu_bytes, epoch)))
         return
     console.print(Text(f"{recipe.method} · {base.source.name} · {base.family.name}", "bold"))
+    for line in run.decisions:
+        console.print(line, soft_wrap=True)
     show_memory(console, run, gpu_bytes)
     console.print(_time_line(epoch, halves, gpus, probe=probe), soft_wrap=True)
 
@@ -177,16 +186,19 @@ def run_memory(
             what="what shares the model out depends on the GPUs' memory, and there is none here",
             fix="give it as well: --memory-gib 80",
         )
-    census, held = count_run(recipe, base, gpu_bytes if gpus == 1 else None)
     engine = choose_engine(
         recipe.engine,
         recipe.deepspeed,
-        Machine(gpus, grouped=True, gpu_bytes=gpu_bytes),
-        lambda: load_of(census, recipe),
+        Machine(gpus, grouped=gpus > 1 or recipe.needs_processes, gpu_bytes=gpu_bytes),
+        lambda: load_of(count_run(recipe, base, None)[0], recipe),
         base.family.layers,
     )
+    refuse_unfit_engine(recipe, engine)
+    census, held = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
     sizes = base.family.read_sizes(base.config)
-    return RunMemory(census, sizes, batch, work_of(recipe, arguments, engine, gpus, held), engine)
+    work = work_of(recipe, arguments, engine, gpus, held)
+    words = decisions(recipe, base.family, base.folder, held)
+    return RunMemory(census, sizes, batch, work, engine, tuple(words))
 
 
 def intended(recipe: Recipe) -> Recipe:

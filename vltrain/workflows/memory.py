@@ -47,6 +47,7 @@ class RunMemory:
     batch: BatchSizes
     work: Work
     engine: Engine = NO_ENGINE
+    decisions: tuple[str, ...] = ()  # what the recipe leaves open and the run decides, in words
 
     @property
     def estimate(self) -> Estimate:
@@ -236,7 +237,7 @@ def show_memory(console: Console, run: RunMemory, gpu_bytes: int | None) -> None
     )
     if run.engine.name != "none":
         console.print(
-            f"on each of {run.work.sharing.processes} GPUs, under {run.engine}: "
+            f"GPUs: {run.work.sharing.processes}, each as said, under {run.engine}: "
             f"{run.engine.reason}",
             soft_wrap=True,
         )
