@@ -27,8 +27,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # --- the demo: every step is the file that it leaves behind ---
 
+# One of the pictures that were not trained on.
+ASKED := demo/images/heldout-00237.png
+
 demo: demo/merged_answers.jsonl demo/base_answers.jsonl
 	$(VLTRAIN) demo demo --score
+	rm -f demo/answer.png
+	printf '%s\n' '/image $(ASKED)' 'Read the digits from left to right.' \
+	  'Where are the digits?' '/box demo/answer.png' /quit | $(VLTRAIN) chat demo/merged
 
 demo/train.json: | $(INSTALLED)
 	$(VLTRAIN) demo demo

@@ -197,8 +197,10 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
             "answer_file",
             ("org/name@v1", Path("q.json"), Path("a.jsonl")),
             {
+                "adapter": None,
                 "batch_size": 4,
                 "decoding": Decoding(512),
+                "seed": 0,
                 "format": "auto",
                 "pictures": Pictures(),
             },
@@ -214,11 +216,6 @@ def test_pictures_are_downloaded_only_if_a_word_says_so(called: list[tuple]):
     assert without == Pictures(Path("pics"))
     assert allowed.downloads is not None
     assert not allowed.downloads.allow_private
-
-
-def test_chat_without_a_file_to_answer_is_a_usage_error(called: list[tuple]):
-    assert type_in("chat", "model") == 2
-    assert called == []
 
 
 def test_convert_reads_annotations_of_three_kinds(called: list[tuple]):

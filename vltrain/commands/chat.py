@@ -12,37 +12,95 @@ def chat(
     model: Annotated[
         str, typer.Argument(help="A base, merged or adapter folder, or a name on the hub.")
     ],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="An adapter's folder, to put beside MODEL.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="One question: print its answer and exit.")
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="A picture to show with the first question; repeatable."),
+    ] = None,
     questions: Annotated[
-        Path,
+        Path | None,
         typer.Option("--input", help="Conversations to answer: whatever is trained on."),
-    ],
+    ] = None,
     answers: Annotated[
-        Path,
+        Path | None,
         typer.Option("--output", help="JSONL to write: one object for each assistant turn."),
-    ],
+    ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Questions answered side by side.")
-    ] = 32,
+        int | None,
+        typer.Option("--batch-size", min=1, help="Questions of --input side by side [32]."),
+    ] = None,
+    data_format: DataFormat = "auto",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Tokens after which an answer is cut.")
     ] = 512,
-    data_format: DataFormat = "auto",
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", min=0, help="0 takes the likeliest token; above, it draws."),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", help="Draw from the likeliest tokens of this probability."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    system: Annotated[
+        str | None, typer.Option("--system", help="The system turn [the model's own].")
+    ] = None,
+    max_window_size: Annotated[
+        int | None,
+        typer.Option("--max-window-size", min=1, help="Tokens shown of a conversation [6144]."),
+    ] = None,
+    completes: Annotated[
+        bool,
+        typer.Option("--complete", help="Go on with a text, as a base that was not tuned to chat."),
+    ] = False,
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
 ) -> None:
-    """Answer every question of a file.
+    """Talk with a model, ask it one question, or answer a file.
 
-    Each token is the likeliest one. A run that was cut off goes on where it stopped.
+    Without --prompt and --input it is a conversation in the terminal; /help there lists what it
+    can do. With --input each question of a file is answered; a run that was cut off goes on where
+    it stopped.
     """
+    of_talk = (prompt, images, system, max_window_size, completes or None)
+    of_file = (batch_size, answers, None if data_format == "auto" else data_format)
+    if questions is not None and any(value is not None for value in of_talk):
+        words = "--prompt, --image, --system, --max-window-size and --complete"
+        raise typer.BadParameter(f"{words} do not go with --input")
+    if questions is None and any(value is not None for value in of_file):
+        raise typer.BadParameter("--output, --batch-size and --format need --input")
+    if (questions is None) != (answers is None):
+        raise typer.BadParameter("--input needs --output")
     from vltrain.evaluation.generation import Decoding
-    from vltrain.workflows.chat import answer_file
 
-    answer_file(
-        model,
-        questions,
-        answers,
-        batch_size=batch_size,
-        decoding=Decoding(max_new_tokens),
-        format=data_format,
-        pictures=pictures_option(image_root, allow_urls),
-    )
+    decoding = Decoding(max_new_tokens, temperature, top_p)
+    pictures = pictures_option(image_root, allow_urls)
+    if questions is not None and answers is not None:
+        from vltrain.workflows.chat import answer_file
+
+        answer_file(
+            model,
+            questions,
+            answers,
+            adapter=adapter,
+            batch_size=batch_size or 32,
+            decoding=decoding,
+            seed=seed,
+            format=data_format,
+            pictures=pictures,
+        )
+        return
+    from vltrain.workflows.dialogue import MAX_WINDOW_SIZE
+    from vltrain.workflows.talk import Manner
+    from vltrain.workflows.terminal import ask_once, converse
+
+    manner = Manner(decoding, system, max_window_size or MAX_WINDOW_SIZE, completes)
+    if prompt is None:
+        converse(model, images or (), manner, pictures, adapter=adapter, seed=seed)
+    else:
+        ask_once(model, prompt, images or (), manner, pictures, adapter=adapter, seed=seed)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
 
 from vltrain.data.checks import check_files
 from vltrain.data.conversation import Turn
@@ -26,22 +25,15 @@ from vltrain.data.records import Record
 from vltrain.data.sources import read_records
 from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Decoding, Prompt, answer_batches
-from vltrain.models.catalog import is_adapter
 from vltrain.models.hub import resolve_model
-from vltrain.models.loading import (
-    dtype_for_machine,
-    load_model,
-    load_processor,
-)
 from vltrain.training.files import write_whole
+from vltrain.workflows.answering import load_for_answers
 from vltrain.workflows.dialogue import chat_prompt, refuse_foreign_ids
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
+from vltrain.workflows.talk import SURROGATES
 
 GREEDY = Decoding()  # the likeliest token each time
-
-SURROGATES = "backslashreplace"
-"""Half of a surrogate pair, which JSON can hold and UTF-8 cannot, goes back to its escape."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +63,7 @@ def answer_file(
     questions_file: Path,
     output: Path,
     *,
+    adapter: Path | None = None,
     batch_size: int = 32,
     decoding: Decoding = GREEDY,
     seed: int = 0,
@@ -87,6 +80,7 @@ def answer_file(
         questions_file: conversations, as `sources.scan_records` takes them; what an assistant
             says in them may be empty where nothing is expected.
         output: JSONL to write; an older file of that name is replaced once all is answered.
+        adapter: the folder of an adapter to put beside the model.
         batch_size: questions answered side by side.
         decoding: how tokens are chosen and how many there may be.
         seed: of what is drawn. The answers of a run that was cut off and goes on are other ones
@@ -106,7 +100,7 @@ def answer_file(
         "questions": content_hash(question.record for question in questions),
         "format": format,
         "image_root": None if pictures.image_root is None else str(pictures.image_root),
-        "model": fingerprint(folder),
+        "model": fingerprint(adapter or folder),
         "decoding": asdict(decoding) | {"seed": seed},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +108,7 @@ def answer_file(
     kept = kept_answers(draft, task, questions)
     if kept:
         console.print(f"going on behind {len(kept)} answers of {draft}", soft_wrap=True)
-    network, processor = load_for_answers(folder)
+    network, processor = load_for_answers(folder, adapter)
     prompts = [prompt_of(q, processor, pictures) for q in questions[len(kept) :]]
     for prompt, question in zip(prompts, questions[len(kept) :], strict=True):
         refuse_foreign_ids(prompt, network, question.record.name)
@@ -184,24 +178,6 @@ def prompt_of(question: Question, processor: Processor, pictures: Pictures) -> P
     """A question as ids; its pictures are opened when their pixels are asked for."""
     record = question.record
     return chat_prompt(question.before, processor, pictures, record.file, record.name)
-
-
-def load_for_answers(folder: Path) -> tuple[PreTrainedModel, Any]:
-    """A model, on the GPU if there is one, and its processor.
-
-    Weights are bfloat16 on a GPU that has it and float32 elsewhere.
-
-    Args:
-        folder: of a base or merged model, or of an adapter, whose base is found by itself.
-    """
-    dtype = dtype_for_machine()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if is_adapter(folder):
-        from vltrain.models.adapted import find_base, load_adapted  # peft takes seconds to import
-
-        base = find_base(folder)
-        return load_adapted(folder, base, dtype=dtype).to(device), load_processor(base.path)
-    return load_model(folder, dtype=dtype, device=device), load_processor(folder)
 
 
 def content_hash(records: Iterable[Record]) -> str:

@@ -33,8 +33,9 @@ TRAIN, HELD_OUT = "train.json", "heldout.json"
 RUN, MERGED = "run", "merged"
 BASE_ANSWERS, MERGED_ANSWERS = "base_answers.jsonl", "merged_answers.jsonl"
 BOXES = "boxes.png"
+CHAT_BOXES = "answer.png"  # which the conversation at the end of `make demo` saves
 OWN_NAMES = {
-    *(MODEL, IMAGES, TRAIN, HELD_OUT, RUN, MERGED, BASE_ANSWERS, MERGED_ANSWERS, BOXES),
+    *(MODEL, IMAGES, TRAIN, HELD_OUT, RUN, MERGED, BASE_ANSWERS, MERGED_ANSWERS, BOXES, CHAT_BOXES),
     *(f"{name}.partial" for name in (TRAIN, BASE_ANSWERS, MERGED_ANSWERS)),
 }
 """All that a demo's folder ever holds; anything else in it is somebody's own."""
