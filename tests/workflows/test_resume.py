@@ -22,6 +22,8 @@ from vltrain.training.run_dir import RunDir
 pytestmark = pytest.mark.slow
 
 PACKED = ("data.packing=true", "data.max_length=270", "trainer.gradient_accumulation_steps=1")
+# Checkpoints in the middle of an epoch of two steps, also on two processes.
+MIDWAY = ("trainer.gradient_accumulation_steps=1", "trainer.save_steps=3")
 WORKERS = ("trainer.dataloader_num_workers=2",)
 # A line for every third step, a checkpoint after every second, an evaluation an epoch.
 SPARSE = ("trainer.logging_steps=3", "data.eval_share=0.25")
@@ -90,11 +92,15 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     ("method", "settings", "kills", "processes"),
     [
         pytest.param("lora", (), 20, 1, id="lora-padded"),
-        pytest.param("lora", (*PACKED, *WORKERS), 2, 1, id="lora-packed-workers"),
+        pytest.param("lora", (*PACKED, *MIDWAY, *WORKERS), 2, 1, id="lora-packed-workers"),
         pytest.param("lora", (*SPARSE, *WORKERS), 2, 1, id="lora-sparse-logs-eval-workers"),
+        pytest.param("lora", ("data.streaming=true", *MIDWAY), 2, 1, id="lora-streamed"),
         pytest.param("full", WORKERS, 2, 1, id="full-padded-workers"),
         pytest.param("full", PACKED, 2, 1, id="full-packed"),
-        pytest.param("lora", (), 2, 2, id="lora-padded-ddp"),
+        pytest.param("lora", MIDWAY, 2, 2, id="lora-padded-ddp"),
+        pytest.param("full", PACKED, 2, 2, id="full-packed-ddp"),
+        pytest.param("full", ("deepspeed=zero3", *MIDWAY), 2, 2, id="full-padded-zero3"),
+        pytest.param("lora", ("deepspeed=zero3",), 2, 2, id="lora-padded-zero3"),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_bit(
@@ -113,11 +119,12 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(
     )
     out = tmp_path / "killed"
     recipe = write_recipe(made, out, *settings, method=method)
+    every = 3 if MIDWAY[1] in settings else 2
     chance = random.Random(int.from_bytes(os.urandom(4)))
 
     for kill in range(kills):
         there = checkpoints(out)
-        step = (checkpoint_step(there[-1]) if there else 0) + chance.choice((3, 4))
+        step = (checkpoint_step(there[-1]) if there else 0) + every + chance.choice((1, 2))
         saving = kill % 2 == 1
         code, said = killer.run(
             recipe,
@@ -143,15 +150,24 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(
 # --- signals ---
 
 
+STOPPED = (*SPARSE, *WORKERS, "trainer.save_steps=100", "trainer.max_steps=9")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(killer: Killer, made, tmp_path_factory: pytest.TempPathFactory):
+    """The rows and final weights of a run that nobody asked to stop."""
+    out = tmp_path_factory.mktemp("undisturbed") / "whole"
+    return whole_run(killer, made, out, *STOPPED, method="lora")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_run_that_was_asked_to_stop_saves_the_step_and_goes_on_to_the_bit(
-    killer: Killer, made, tmp_path: Path, name: str
+    killer: Killer, made, undisturbed, tmp_path: Path, name: str
 ):
     # Ctrl-C reaches the processes that read data as well: all of its group get the signal.
-    settings = (*SPARSE, *WORKERS, "trainer.save_steps=100", "trainer.max_steps=9")
-    rows, weights = whole_run(killer, made, tmp_path / "whole", *settings, method="lora")
+    rows, weights = undisturbed
     out = tmp_path / "stopped"
-    recipe = write_recipe(made, out, *settings)
+    recipe = write_recipe(made, out, *STOPPED)
 
     code, said = killer.run(recipe, out, send=signal.Signals[name], step=3)
 
@@ -164,6 +180,29 @@ def test_a_run_that_was_asked_to_stop_saves_the_step_and_goes_on_to_the_bit(
     assert f"resuming from {saved}" in said
     assert rows_of(out) == rows
     assert_same_weights(weights_of(out / "final"), weights)
+
+
+@pytest.mark.parametrize(("began_on", "goes_on_on"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_on_another_number_of_processes(
+    killer: Killer, made, tmp_path: Path, began_on: int, goes_on_on: int
+):
+    settings = ("trainer.max_steps=7", "lora.dropout=0")  # each process draws dropout of its own
+    rows, _ = whole_run(
+        killer, made, tmp_path / "whole", *settings, method="lora", processes=began_on
+    )
+    out = tmp_path / "moved"
+    recipe = write_recipe(made, out, *settings)
+    code, said = killer.run(recipe, out, send=signal.SIGTERM, step=2, processes=began_on)
+    assert code == 75, said
+
+    code, said = killer.run(recipe, out, processes=goes_on_on)
+
+    assert code == 0, said
+    assert "resuming from" in said
+    moved = rows_of(out)
+    for key, tolerance in (("step", 0), ("epoch", 0), ("learned_tokens", 0), ("loss", 1e-4)):
+        one, other = ([row[key] for row in logged] for logged in (moved, rows))
+        assert one == pytest.approx(other, rel=tolerance), key
 
 
 # --- a disk that is full ---

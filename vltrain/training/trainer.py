@@ -26,6 +26,7 @@ from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.learning_rates import split_groups
 from vltrain.training.resumable import ResumableTrainer
+from vltrain.training.stopping import LeaveSignals
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class Trainer(ResumableTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = fsdp2_precision(torch.bfloat16)
         self._eval_collator = eval_collator or self.data_collator
+        self._order: EpochOrder | None = None  # of the samples or rows; None: not known yet
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
         self._told: set[str] = set()  # why samples were dropped
@@ -208,6 +210,11 @@ class Trainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        self._order = self._order_of(dataset)
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
+
+    def _order_of(self, dataset: Dataset) -> EpochOrder | None:
+        """The order of training; None for one that is the same in each epoch."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(dataset, PackedDataset):
             return row_order(dataset, seed)
@@ -217,7 +224,7 @@ class Trainer(ResumableTrainer):
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps
             step *= self.args.world_size
             return sample_order(dataset.lengths, seed, mix=self._mix, step_samples=step)
-        return super()._get_train_sampler(train_dataset)
+        return None
 
     def get_train_dataloader(self) -> DataLoader:
         """A stream gives each process what is its own: `accelerate` would split that again."""
@@ -230,6 +237,7 @@ class Trainer(ResumableTrainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=LeaveSignals(None),
         )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -269,8 +277,14 @@ class Trainer(ResumableTrainer):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """A run cut off behind its last step has nothing left: `transformers` takes one more."""
+        """A run cut off behind its last step has nothing left: `transformers` takes one more.
+
+        The order of the epoch is set here: of a run that resumes in the middle of an epoch on
+        several processes, `accelerate` wraps the sampler once too often to find it.
+        """
         refuse_other_engine(self.model_wrapped, self._engine)
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
