@@ -82,7 +82,7 @@ def find_base(adapter: Path, base: str | None = None) -> ResolvedModel:
             str(found.path),
             what=f"its weights are not those that {adapter} was trained on "
             f"({found_hash[:19]}… is not {origin.hash[:19]}…)",
-            fix=f"give `vltrain merge` the right --base; it was {origin.name}",
+            fix=f"name the right base; it was {origin.name}",
         )
     return found
 
