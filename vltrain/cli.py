@@ -1,6 +1,7 @@
 """The words the user types. A command parses, calls one workflow, and imports it only then."""
 
 import logging
+import math
 import os
 import sys
 import traceback
@@ -182,14 +183,83 @@ def merge(
     base: Annotated[
         str | None, typer.Option("--base", help="The base, where it is no longer in its place.")
     ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="ADAPTER=WEIGHT",
+            help="Another adapter of the same base, and the share of it to add; repeatable.",
+        ),
+    ] = None,
+    into: Annotated[
+        Literal["auto", "base", "dequantized"],
+        typer.Option(
+            "--into",
+            help="Of adapters trained on 4 bits: the weights as those 4 bits have them, which auto "
+            "is, or the 16-bit base.",
+        ),
+    ] = "auto",
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="Never hold a whole model in memory; the proof is then tensor by tensor.",
+        ),
+    ] = False,
 ) -> None:
     """Make an adapter and its base one model.
 
     The weights stand alone and are proven equal to base and adapter before they get their name.
+    merge.json in their folder says what was merged, and how near it came.
     """
     from vltrain.workflows.merge import merge as merge_adapter
 
-    merge_adapter(adapter, out, base=base)
+    merge_adapter(
+        adapter,
+        out,
+        base=base,
+        others=[_share(text) for text in others or ()],
+        into=into,
+        low_memory=low_memory,
+    )
+
+
+def _share(text: str) -> tuple[Path, float]:
+    """An adapter and its weight, as `--with` has them."""
+    folder, _, weight = text.rpartition("=")
+    try:
+        share = float(weight)
+    except ValueError:
+        share = math.nan
+    if not folder or not math.isfinite(share):
+        raise VltrainError.at(
+            f"--with {text}",
+            what="is no adapter and a number",
+            fix="write --with runs/other/final=0.5",
+        )
+    return Path(folder), share
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the hub.")],
+    answer: Annotated[
+        bool,
+        typer.Option(
+            "--answer/--no-answer",
+            help="Load it and ask about a picture; without, a tensor at a time is in memory.",
+        ),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say whether a model is whole: downloaded, merged or exported.
+
+    Every file of the index, its size and tensors, that all values are finite, that tokenizer and
+    config fit each other, and an answer to a picture. The exit code is 1 where it is not.
+    """
+    from vltrain.workflows.verify import verify as verify_model
+
+    raise typer.Exit(verify_model(model, answer=answer, as_json=as_json))
 
 
 app.command()(chat)

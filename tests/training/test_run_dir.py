@@ -186,9 +186,7 @@ def test_a_line_that_was_cut_off_is_dropped(run: RunDir):
 def test_the_environment_names_versions_hardware_and_the_base(run: RunDir):
     values = environment(
         dtype="fp32",
-        base_path="models/qwen",
-        base_revision=None,
-        base_hash="ab12",
+        base={"path": "models/qwen", "revision": None, "hash": "ab12"},
         epoch="4 samples, each once",
     )
     run.begin(lora_recipe(run.path), values)

@@ -126,14 +126,6 @@ def test_what_a_packed_base_cannot_have_is_refused_before_it_is_read(
     assert "bf16 checkpoint" in told
 
 
-def test_an_adapter_of_a_packed_base_is_not_merged_into_4_bits(packed, data, tmp_path):
-    run(quick(packed, data, tmp_path / "run", "trainer.max_steps=1", method="qlora"))
-
-    with pytest.raises(Exception, match="packed to 4 bits"):
-        merge(tmp_path / "run" / "final", tmp_path / "merged", console=Console(file=io.StringIO()))
-    assert not (tmp_path / "merged").exists()
-
-
 def test_the_recipe_of_a_quantized_run_says_what_was_quantized(base, data, tmp_path):
     run(quick(base, data, tmp_path / "run", "trainer.max_steps=1", method="qlora"))
 
@@ -142,3 +134,4 @@ def test_the_recipe_of_a_quantized_run_says_what_was_quantized(base, data, tmp_p
     assert "quantize:\n  vision: false\n" in text
     origin = json.loads((tmp_path / "run" / "final" / "vltrain.json").read_text())
     assert origin["base"]["path"] == str(base)
+    assert origin["base"]["nf4"] == {"vision": False}

@@ -1,5 +1,6 @@
 """An adapter's folder and the base that it was trained on, back together as a model."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from transformers import PreTrainedModel
 
 from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
+from vltrain.hub_names import HUB_NAME
 from vltrain.models.adapters import learn_beside, wrap_plain_layers_first
 from vltrain.models.catalog import ADAPTER_CONFIG, is_adapter, read_json
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import LISTED, load_model
+from vltrain.models.quantization import Nf4
 from vltrain.models.saving import ORIGIN_FILE, Origin
+
+logger = logging.getLogger(__name__)
 
 RUN_ENVIRONMENT = "environment.json"  # names the base for all checkpoints of a run
 
@@ -39,6 +44,9 @@ SHAPE_KEYS = {
 def read_origin(adapter: Path) -> Origin:
     """The base of an adapter: from its own `vltrain.json`, or that of the run it lies in.
 
+    An adapter of another program has neither; then its `peft` config names the base, and no hash
+    is known.
+
     Raises:
         VltrainError: the folder is no adapter, or nothing says which base it belongs to.
     """
@@ -56,26 +64,42 @@ def read_origin(adapter: Path) -> Origin:
                 path=Path(base["path"]),
                 revision=base.get("revision"),
                 hash=base["hash"],
+                nf4=Nf4(**base["nf4"]) if base.get("nf4") else None,
             )
-    raise VltrainError.at(
-        str(adapter),
-        what=f"nothing says which base it was trained on: {ORIGIN_FILE} is missing",
-        fix=f"copy the whole folder that the run wrote, {ORIGIN_FILE} included",
-    )
+    config = read_json(adapter / ADAPTER_CONFIG)
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise VltrainError.at(
+            str(adapter),
+            what=f"nothing says which base it was trained on: {ORIGIN_FILE} is missing",
+            fix=f"copy the whole folder that the run wrote, {ORIGIN_FILE} included",
+        )
+    return Origin(name=name, path=Path(name), revision=config.get("revision"), hash=None)
 
 
-def find_base(adapter: Path, base: str | None = None) -> ResolvedModel:
+def find_base(adapter: Path, base: str | None = None, *, other_form: bool = False) -> ResolvedModel:
     """The base that an adapter was trained on, proven by the hash of its weights.
+
+    Without a hash only the sizes of its tensors can be held against it, which is warned about.
 
     Args:
         adapter: the adapter's folder.
         base: where the base is now, a folder or a name on the hub; default where it was.
+        other_form: whether `base` may hold the weights in another form, as a 16-bit checkpoint
+            beside one that is packed to 4 bits, of which no hash can tell.
 
     Raises:
         VltrainError: the base is not there any more, or its weights are others.
     """
     origin = read_origin(adapter)
     found = resolve_model(base or _whereabouts(origin, adapter))
+    if origin.hash is None or other_form:
+        logger.warning(
+            "%s: no hash tells whether it belongs to %s; only the sizes of its tensors do",
+            adapter,
+            found.path,
+        )
+        return found
     found_hash = weights_hash(found.path)
     if found_hash != origin.hash:
         raise VltrainError.at(
@@ -93,6 +117,8 @@ def _whereabouts(origin: Origin, adapter: Path) -> str:
         return str(origin.path)
     if origin.revision is not None and origin.name != str(origin.path):
         return f"{origin.name.partition('@')[0]}@{origin.revision}"
+    if origin.hash is None and HUB_NAME.fullmatch(origin.name):
+        return origin.name if origin.revision is None else f"{origin.name}@{origin.revision}"
     raise VltrainError.at(
         str(adapter),
         what=f"its base is not in {origin.path} any more",
@@ -101,7 +127,10 @@ def _whereabouts(origin: Origin, adapter: Path) -> str:
 
 
 def load_adapted(
-    adapter: Path, base: ResolvedModel, dtype: str | torch.dtype = "auto"
+    adapter: Path,
+    base: ResolvedModel,
+    dtype: str | torch.dtype = "auto",
+    quantize: Nf4 | None = None,
 ) -> PeftModel:
     """A base with its adapter beside the weights, not merged, in eval mode.
 
@@ -109,11 +138,12 @@ def load_adapted(
         adapter: the adapter's folder.
         base: as `find_base` gives it.
         dtype: of the base's weights; "auto" is the checkpoint's own.
+        quantize: the layers to hold in 4 bits, as the adapter was trained on them.
 
     Raises:
         VltrainError: the adapter does not fit the base, or has not been read whole.
     """
-    return attach(load_model(base.path, dtype=dtype), adapter).eval()
+    return attach(load_model(base.path, dtype=dtype, quantize=quantize), adapter).eval()
 
 
 def attach(model: PreTrainedModel, adapter: Path, *, learning: bool = False) -> PeftModel:

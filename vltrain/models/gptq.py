@@ -136,3 +136,24 @@ class PackedLayersLoader(HfQuantizer):
 def packed_weight(layer: nn.Module) -> torch.Tensor:
     """The weight that a packed layer stands for: float [out, in] in the dtype of its scales."""
     return layer.dequantize_weight().T
+
+
+def unpacked_weight(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
+) -> torch.Tensor:
+    """The weight that the tensors of a packed layer stand for, without the layer.
+
+    Args:
+        qweight: int32 [in / 8, out], eight inputs in each number, the first one lowest.
+        qzeros: int32 [groups, out / 8]; each zero point is stored less one.
+        scales: float [groups, out].
+        groups: `g_idx`, int [in].
+
+    Returns:
+        float32 [out, in].
+    """
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = (qweight[:, None, :] >> shifts[None, :, None] & 15).flatten(0, 1)  # [in, out]
+    zeros = (qzeros[:, :, None] >> shifts & 15).flatten(1) + 1  # [groups, out]
+    rows = groups.long()
+    return ((codes - zeros[rows]) * scales.float()[rows]).T.contiguous()

@@ -92,6 +92,21 @@ def pack_in_place(model: nn.Module, family: Family, nf4: Nf4, dtype: torch.dtype
     model.is_loaded_in_4bit = True  # by which peft knows what to put its adapters on
 
 
+def dequantized_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What is left of a weight once it has been quantized as `nf4_config` does it.
+
+    Returns:
+        Of the same shape and dtype; a model in NF4 computes with exactly these numbers.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    held = Params4bit(
+        weight.contiguous(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+    ).to(weight.device)
+    return dequantize_4bit(held.data, held.quant_state).to(weight.dtype)
+
+
 def weight_count(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for; a packed one holds several in each element."""
     state = getattr(parameter, "quant_state", None)

@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -12,6 +13,9 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from vltrain.models.catalog import read_json
+from vltrain.models.gptq import SETTINGS_FILE
+from vltrain.models.manifest import REPORT_FILE
+from vltrain.models.quantization import Nf4
 
 ORIGIN_FILE = "vltrain.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -25,18 +29,23 @@ class Origin:
     name: str  # as the recipe calls it: a folder, or org/name[@revision] on the hub
     path: Path  # where it lay
     revision: str | None  # the hub's commit; None for a folder of the user's own
-    hash: str  # of its weights
+    hash: str | None  # of its weights; None where nobody wrote it down
+    nf4: Nf4 | None = None  # how its weights were held in 4 bits meanwhile
+
+    def as_json(self) -> dict[str, Any]:
+        """The form that `vltrain.json` has."""
+        values = {
+            "name": self.name,
+            "path": str(self.path.resolve()),
+            "revision": self.revision,
+            "hash": self.hash,
+        }
+        return values if self.nf4 is None else values | {"nf4": asdict(self.nf4)}
 
 
 def write_origin(origin: Origin, out: Path) -> None:
     """Write `vltrain.json` into a result's folder."""
-    base = {
-        "name": origin.name,
-        "path": str(origin.path.resolve()),
-        "revision": origin.revision,
-        "hash": origin.hash,
-    }
-    text = json.dumps({"base": base}, indent=2, ensure_ascii=False)
+    text = json.dumps({"base": origin.as_json()}, indent=2, ensure_ascii=False)
     (out / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -73,7 +82,9 @@ def companions(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != ORIGIN_FILE
+        if file.is_file()
+        and not file.name.endswith(WEIGHT_SUFFIXES)
+        and file.name not in (ORIGIN_FILE, REPORT_FILE)
     )
 
 
@@ -88,22 +99,39 @@ def save_like(base: Path, tensors: Mapping[str, torch.Tensor], out: Path) -> Non
         tensors: by their published names, floating ones all of one dtype.
         out: an existing folder to write into.
     """
+    copy_companions(base, next(iter(tensors.values())).dtype, out)
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    save_shards(shapes, lambda name: tensors[name].detach().cpu().contiguous(), out)
+
+
+def copy_companions(base: Path, dtype: torch.dtype, out: Path) -> None:
+    """Copy what lies beside a checkpoint's weights; the config speaks of plain ones of a dtype."""
     for file in companions(base):
-        shutil.copyfile(file, out / file.name)
-    _set_config_dtype(out / "config.json", next(iter(tensors.values())).dtype)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD)
+        if file.name != SETTINGS_FILE:
+            shutil.copyfile(file, out / file.name)
+    config = read_json(out / "config.json")
+    name = str(dtype).removeprefix("torch.")
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) != name or "quantization_config" in config:
+        config[key] = name
+        config.pop("quantization_config", None)
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (out / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_shards(
+    shapes: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], out: Path
+) -> None:
+    """Write tensors in safetensors shards of 2 GB, no more than one shard in memory.
+
+    Args:
+        shapes: what will be written, on the device `meta`.
+        read: gives a tensor by its name, on the CPU and contiguous.
+        out: an existing folder to write into.
+    """
+    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=MAX_SHARD)
     for filename, names in split.filename_to_tensors.items():
-        save_file({n: tensors[n] for n in names}, out / filename, metadata={"format": "pt"})
+        save_file({n: read(n) for n in names}, out / filename, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    config = read_json(path)
-    name = str(dtype).removeprefix("torch.")
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    if config.get(key) != name:
-        config[key] = name
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -216,9 +216,7 @@ def recipe_differences(there: Recipe, here: Recipe) -> list[str]:
 def environment(
     *,
     dtype: str,
-    base_path: str,
-    base_revision: str | None,
-    base_hash: str,
+    base: Mapping[str, Any],
     engine: str = "none",
     zero_stage: int | None = None,
     world_size: int = 1,
@@ -228,9 +226,8 @@ def environment(
 
     Args:
         dtype: of the weights, "bf16" and the like.
-        base_path: the folder that the base was read from, absolute: checkpoints lead there.
-        base_revision: the hub's commit of it; None for a folder of the user's own.
-        base_hash: of the base's weights, as it travels with the adapter.
+        base: the model that the run begins with, as `vltrain.json` names it: checkpoints lead
+            there by its `path` and `hash`.
         engine: "none" for one process, else "ddp", "deepspeed" or "fsdp2".
         zero_stage: of DeepSpeed; None elsewhere.
         world_size: processes, on all machines.
@@ -246,7 +243,7 @@ def environment(
         "world_size": world_size,
         "dtype": dtype,
         "epoch": epoch,
-        "base": {"path": base_path, "revision": base_revision, "hash": base_hash},
+        "base": dict(base),
     }
 
 

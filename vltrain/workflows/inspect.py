@@ -80,9 +80,20 @@ def check(
 
 def print_report(report: Report, console: Console) -> None:
     """Findings grouped by kind, errors first, then the counts."""
-    for severity, findings in (("error", report.errors), ("warning", report.warnings)):
+    print_findings(report.findings, console)
+    dropped = f", {_count(report.dropped, 'dropped record')}" if report.dropped else ""
+    console.print(
+        f"{_count(report.records, 'record')}: {_count(len(report.errors), 'error')}, "
+        f"{_count(len(report.warnings), 'warning')}{dropped}"
+    )
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Findings grouped by kind, errors first."""
+    for severity in ("error", "warning"):
         style = "bold red" if severity == "error" else "bold yellow"
-        for kind, group in _by_kind(findings).items():
+        chosen = [found for found in findings if found.severity == severity]
+        for kind, group in _by_kind(chosen).items():
             console.print(
                 Text(f"{severity}: {kind.replace('_', ' ')} ({len(group)})", style), soft_wrap=True
             )
@@ -91,11 +102,6 @@ def print_report(report: Report, console: Console) -> None:
                     Text(f"  {_place(found)}: {_printable(found.message)}"), soft_wrap=True
                 )
                 console.print(Text(f"    fix: {_printable(found.fix)}", "dim"), soft_wrap=True)
-    dropped = f", {_count(report.dropped, 'dropped record')}" if report.dropped else ""
-    console.print(
-        f"{_count(report.records, 'record')}: {_count(len(report.errors), 'error')}, "
-        f"{_count(len(report.warnings), 'warning')}{dropped}"
-    )
 
 
 def refuse_errors(report: Report, files: Sequence[Path], *, undone: str) -> None:

@@ -1,212 +1,291 @@
-"""Adapter + base -> weights that stand alone, proven equal before they get their name."""
+"""Adapters + base -> weights that stand alone, proven equal before they get their name."""
 
-import glob
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from vltrain.data.encoding import encode
+from vltrain import __version__
 from vltrain.errors import VltrainError
-from vltrain.models.adapted import find_base, load_adapted
+from vltrain.models.adapted import find_base, read_origin
 from vltrain.models.gptq import is_packed
-from vltrain.models.loading import checkpoint_dtype, load_model, load_processor
-from vltrain.models.saving import save_like
-from vltrain.workflows.quiet import hide_weight_bars
-
-# How far the logits of the merged weights may lie from those of base + adapter, as a share of
-# their size (root mean square): sums in another order, and weights rounded once more.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-PROBES = (
-    [
-        {"from": "user", "value": "What lies on <ref>the table</ref>? 桌子上有什么？"},
-        {"from": "assistant", "value": "<box>(12,345),(678,901)</box> 3 apples, 一个梨。"},
-    ],
-    [
-        {"from": "user", "value": "Picture 1: <img>probe.png</img>\nHow many dots are red?"},
-        {"from": "assistant", "value": "Some 2,000 of them."},
-    ],
+from vltrain.models.hub import ResolvedModel
+from vltrain.models.loading import load_processor
+from vltrain.models.manifest import file_list, write_report
+from vltrain.models.merging import MergedWeights, refuse_unfit, saved_adapter
+from vltrain.models.plain_weights import plain_weights
+from vltrain.models.quantization import Nf4
+from vltrain.models.saving import copy_companions, save_shards
+from vltrain.models.side_by_side import load_side_by_side
+from vltrain.workflows.proof import (
+    PACKED_TOLERANCE,
+    TOLERANCE,
+    Difference,
+    compare,
+    distance,
+    dtype_name,
+    nothing_changed,
+    prove_by_tensor,
 )
-"""The fixed inputs of the comparison: text alone, and a picture (of noise)."""
+from vltrain.workflows.quiet import hide_weight_bars
+from vltrain.workflows.reload import probe_inputs, probe_logits, reload_in_a_fresh_process
+from vltrain.workflows.whole_folder import refuse_existing, whole_folder
+
+Into = Literal["auto", "base", "dequantized"]
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Two distances between logits, as shares of the size of base + adapter's own."""
+class Plan:
+    """What is merged into what, found and held against each other."""
 
-    merged: float  # of the merged weights from base + adapter
-    base: float  # of the base alone: what the adapter has learned
+    merged: MergedWeights
+    base: ResolvedModel
+    hashes: tuple[str | None, ...]  # of the base, as each adapter has it
+    trained_on: Nf4 | None  # how the base was held while the adapters learned
+    quantized: bool  # whether they learned on 4 bits at all
+    into: Literal["base", "dequantized"]
+
+    @property
+    def folders(self) -> list[Path]:
+        """The adapters' folders."""
+        return [adapter.folder for adapter in self.merged.adapters]
+
+    @property
+    def tolerance(self) -> float:
+        """How far logits may be from those of base + adapters, as a share of their size."""
+        own = TOLERANCE[self.merged.base.dtype]
+        return max(own, PACKED_TOLERANCE) if self.merged.base.packed.layers else own
+
+    @property
+    def beside(self) -> Nf4 | None:
+        """How the base is to be held when the adapters stand beside it: as it is merged into."""
+        return self.trained_on if self.into == "dequantized" else None
 
 
 def merge(
-    adapter: Path, out: Path, base: str | None = None, console: Console | None = None
+    adapter: Path,
+    out: Path,
+    base: str | None = None,
+    console: Console | None = None,
+    *,
+    others: Sequence[tuple[Path, float]] = (),
+    into: Into = "auto",
+    low_memory: bool = False,
 ) -> None:
-    """Write base + adapter as a model of its own, in the base's layout, names and dtype.
+    """Write base + adapters as a model of its own, in the base's layout, names and dtype.
 
-    What was written is loaded again and must answer like base + adapter on fixed inputs. Only
-    then does the folder get its name: a merge that is cut off leaves no `out`.
+    The weights are made and written shard by shard. What was written is read by a fresh process
+    and must answer like base + adapters on fixed inputs. Only then does the folder get its name:
+    a merge that is cut off leaves no `out`. `merge.json` in it says what was merged and how near
+    it came.
 
     Args:
         adapter: the folder of an adapter, such as RUN/final or a checkpoint of a run.
         out: the folder to make.
         base: where the base is now, a folder or a name on the hub; default where it was.
         console: where to report; default the terminal.
+        others: more adapters of the same base, and what share of each is added.
+        into: of adapters that learned on 4 bits: the weights as their layers computed with them
+            ("dequantized", which "auto" is), or the 16-bit base.
+        low_memory: prove it tensor by tensor, with a shard in memory and never a model.
 
     Raises:
-        VltrainError: `out` exists, the adapter is not whole or of another base, it changes
-            nothing, or the merged weights answer otherwise than base + adapter.
+        VltrainError: `out` exists, an adapter is not whole or of another base, it changes
+            nothing, or the merged weights answer otherwise than base + adapters.
     """
     console = console or Console()
     hide_weight_bars()
-    if out.exists() or out.is_symlink():
-        raise VltrainError.at(
-            str(out), what="exists already", fix="name another folder, or remove this one first"
-        )
+    refuse_existing(out)
     console.print("comparing the base's weights with those that the adapter was trained on")
-    source = find_base(adapter, base)
-    if is_packed(source.path):
+    plan = plan_merge([(adapter, 1.0), *others], base, into)
+    names = " + ".join(str(folder) for folder in plan.folders)
+    console.print(f"merging {names} into {_described(plan)}", soft_wrap=True)
+    expected = None if low_memory else logits_before(plan)
+    with whole_folder(out) as draft:
+        dtype = plan.merged.base.dtype
+        copy_companions(plan.base.path, dtype, draft)
+        save_shards(plan.merged.shapes(), plan.merged.read, draft)
+        if not plan.merged.changed:
+            raise nothing_changed(adapter, dtype)
+        report = description(plan) | {"files": file_list(draft)}
+        write_report(draft, report)
+        console.print("reading the merged weights back in a fresh process")
+        if expected is None:
+            reload_in_a_fresh_process(draft, None)
+            difference = prove_by_tensor(plan.merged, plain_weights(draft))
+            proof = proof_by("tensors", difference, TOLERANCE[dtype])
+        else:
+            scratch = draft / "logits.partial"  # inside, so that it goes with what a kill leaves
+            try:
+                found = reload_in_a_fresh_process(draft, scratch)
+            finally:
+                scratch.unlink(missing_ok=True)
+            difference = compare(
+                found,
+                expected.adapted,
+                expected.base,
+                dtype=dtype,
+                tolerance=plan.tolerance,
+                adapter=adapter,
+            )
+            proof = proof_by("logits", difference, plan.tolerance)
+            if expected.trained is not None:
+                proof["from_the_model_in_4_bits"] = distance(found, expected.trained)
+        write_report(draft, report | {"proof": proof})
+    tell(console, out, proof, dtype)
+
+
+def plan_merge(shares: Sequence[tuple[Path, float]], base: str | None, into: Into = "auto") -> Plan:
+    """Find the base of some adapters and hold them against it; no weight is read but for its hash.
+
+    Raises:
+        VltrainError: an adapter is not whole, or of another base than it or the first one says.
+    """
+    origins = [read_origin(folder) for folder, _ in shares]
+    if len({origin.nf4 for origin in origins}) > 1:
+        raise VltrainError.at(
+            str(shares[-1][0]),
+            what="was trained on weights held in another form than those of the first adapter",
+            fix="merge adapters together that were trained by the same method",
+        )
+    first, nf4 = shares[0][0], origins[0].nf4
+    quantized = nf4 is not None or _is_packed_there(origins[0].path)
+    other_form = into == "base" and quantized and nf4 is None and base is not None
+    source = find_base(first, base, other_form=other_form)
+    for folder, _ in shares[1:]:
+        find_base(folder, str(source.path), other_form=other_form)
+    packed = is_packed(source.path)
+    if into == "dequantized" and not packed and nf4 is None:
+        raise VltrainError.at(
+            str(first),
+            what="was not trained on 4 bits, so there is nothing to dequantize",
+            fix="leave out --into",
+        )
+    if into == "base" and packed:
         raise VltrainError.at(
             str(source.path),
-            what="is packed to 4 bits, and an adapter cannot be merged into them",
-            fix="use the adapter beside it: vltrain chat takes the adapter's folder",
+            what="is packed to 4 bits: there is no 16-bit base in it",
+            fix="name the 16-bit checkpoint with --base, or leave out --into",
         )
-    dtype = checkpoint_dtype(source.path)
-    inputs = probe_inputs(load_processor(source.path))
-    console.print(f"merging {adapter} into {source.path}", soft_wrap=True)
-    adapted = load_adapted(adapter, source, dtype=dtype)
-    expected = probe_logits(adapted, inputs)
-    with adapted.disable_adapter():
-        unchanged = probe_logits(adapted, inputs)
-    tensors = {
-        name: parameter.detach().to(dtype)
-        for name, parameter in adapted.merge_and_unload().named_parameters()
+    chosen = "base" if into == "base" or not (packed or nf4) else "dequantized"
+    adapters = [saved_adapter(folder, weight) for folder, weight in shares]
+    weights = plain_weights(source.path, nf4 if chosen == "dequantized" else None)
+    refuse_unfit(adapters, weights)
+    return Plan(
+        MergedWeights(weights, adapters),
+        source,
+        tuple(origin.hash for origin in origins),
+        nf4,
+        quantized or packed,
+        chosen,
+    )
+
+
+def _is_packed_there(folder: Path) -> bool:
+    """Whether the base lies where it was, packed to 4 bits."""
+    return (folder / "config.json").is_file() and is_packed(folder)
+
+
+def _described(plan: Plan) -> str:
+    if not plan.quantized:
+        return str(plan.base.path)
+    if plan.into == "base":
+        return f"{plan.base.path}, the 16-bit weights below what they were trained on"
+    return f"{plan.base.path}, as its 4 bits have it: the weights that they were trained on"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Logits of fixed inputs, float32 [tokens, vocabulary], before anything is merged."""
+
+    adapted: Tensor  # of base + adapters
+    base: Tensor  # of the base alone
+    trained: Tensor | None  # of the 4-bit base + adapters, where another one is merged into
+
+
+def logits_before(plan: Plan) -> Expected:
+    """What base and adapters answer side by side; each model is gone when the next one comes."""
+    inputs = probe_inputs(load_processor(plan.base.path))
+    base, adapted = _logits_beside(plan, plan.beside, inputs)
+    trained = None
+    if plan.into == "base" and plan.trained_on is not None:
+        _, trained = _logits_beside(plan, plan.trained_on, inputs)
+    return Expected(adapted, base, trained)
+
+
+def _logits_beside(
+    plan: Plan, quantize: Nf4 | None, inputs: list[dict[str, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Logits of a base without and with its adapters."""
+    model = load_side_by_side(plan.merged, plan.base, quantize)
+    with model.disable_adapter():
+        base = probe_logits(model, inputs)
+    return base, probe_logits(model, inputs)
+
+
+def description(plan: Plan) -> dict[str, Any]:
+    """What was merged into what: the first part of `merge.json`."""
+    merged = plan.merged
+    return {
+        "vltrain": __version__,
+        "base": {
+            "name": plan.base.name,
+            "path": str(plan.base.path.resolve()),
+            "revision": plan.base.revision,
+        },
+        "adapters": [
+            {
+                "path": str(adapter.folder.resolve()),
+                "weight": adapter.weight,
+                "files": file_list(adapter.folder),
+                "hash_of_its_base": hash_of_base,
+            }
+            for adapter, hash_of_base in zip(merged.adapters, plan.hashes, strict=True)
+        ],
+        "trained_on_4_bits": plan.quantized,
+        "into": plan.into,
+        "dtype": dtype_name(merged.base.dtype),
+        "tensors": sum(1 for _ in merged.base.names()),
+        "changed": sorted(merged.changed),
     }
-    del adapted
-    with whole_folder(out) as draft:
-        save_like(source.path, tensors, draft)
-        tensors.clear()  # before the same weights are loaded again
-        console.print("reading the merged weights back")
-        found = probe_logits(load_model(draft, dtype=dtype), inputs)
-        difference = compare(found, expected, unchanged, dtype=dtype, adapter=adapter)
-    report(console, out, difference, dtype)
 
 
-def report(console: Console, out: Path, difference: Difference, dtype: torch.dtype) -> None:
+def proof_by(
+    what: Literal["logits", "tensors"], difference: Difference, tolerance: float
+) -> dict[str, Any]:
+    """What was found, for `merge.json`; differences are shares of base + adapter's own size."""
+    return {
+        "by": what,
+        "tolerance": tolerance,
+        "merged_from_base_and_adapter": difference.merged,
+        "base_from_base_and_adapter": difference.base,
+    }
+
+
+def tell(console: Console, out: Path, proof: dict[str, Any], dtype: torch.dtype) -> None:
     """Say how near the merge came, and when rounding weighs as much as what was learned."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
+    merged, base = proof["merged_from_base_and_adapter"], proof["base_from_base_and_adapter"]
+    what = "logits differ" if proof["by"] == "logits" else "layers differ (at most)"
     console.print(
-        f"done: {out}, in {name}; its logits differ from those of base + adapter by "
-        f"{difference.merged:.2%}, the adapter moves them by {difference.base:.2%}",
+        f"done: {out}, in {name}; its {what} from those of base + adapter by "
+        f"{merged:.2%}, the adapter moves them by {base:.2%}",
         soft_wrap=True,
     )
-    if difference.merged >= difference.base / 2:
+    if "from_the_model_in_4_bits" in proof:
+        console.print(
+            f"from the 4-bit model that was trained they differ by "
+            f"{proof['from_the_model_in_4_bits']:.2%}: what the adapter learned to make up for in "
+            "it is not in the 16-bit base",
+            soft_wrap=True,
+        )
+    if merged >= base / 2:
         console.print(
             f"warning: rounding to {name} weighs as much as what the adapter has learned; train "
             "longer or at a higher learning rate, or use the adapter unmerged",
             soft_wrap=True,
         )
-
-
-def probe_inputs(processor: Any) -> list[dict[str, Tensor]]:
-    """The model's inputs for each of `PROBES`: ids int64 [1, L], pixels where it has a picture."""
-    noise = np.random.RandomState(0).randint(0, 256, (64, 96, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    inputs = []
-    for turns in PROBES:
-        sample = encode({"conversations": turns}, processor)
-        ids = torch.tensor([sample.input_ids])
-        values = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if sample.images:
-            values |= processor.image_processor(images=[picture], return_tensors="pt")
-        inputs.append(values)
-    return inputs
-
-
-@torch.inference_mode()
-def probe_logits(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Tensor:
-    """float32 [tokens of all probes, vocabulary]; pixels take the dtype of the weights."""
-    weights = next(model.parameters())
-    logits = []
-    for values in inputs:
-        placed = {
-            key: value.to(weights.device, weights.dtype if value.is_floating_point() else None)
-            for key, value in values.items()
-        }
-        logits.append(model(**placed).logits[0].float().cpu())
-    return torch.cat(logits)
-
-
-def compare(
-    found: Tensor, expected: Tensor, unchanged: Tensor, *, dtype: torch.dtype, adapter: Path
-) -> Difference:
-    """How near the merged weights come to base + adapter.
-
-    Args:
-        found: logits of the merged weights, read back from disk; float32, as the others.
-        expected: of base + adapter.
-        unchanged: of the base alone.
-        dtype: of the weights.
-        adapter: its folder, for the error.
-
-    Raises:
-        VltrainError: the merge changed nothing, or its logits are not those of base + adapter.
-    """
-    size = expected.square().mean().sqrt()
-    difference = Difference(
-        merged=((found - expected).square().mean().sqrt() / size).item(),
-        base=((unchanged - expected).square().mean().sqrt() / size).item(),
-    )
-    name = str(dtype).removeprefix("torch.")
-    if torch.equal(found, unchanged):
-        raise VltrainError.at(
-            str(adapter),
-            what=f"merged in {name} it changes nothing: the weights answer exactly as the base",
-            fix="train longer or at a higher learning rate",
-        )
-    if not difference.merged <= TOLERANCE[dtype]:  # not a number is no pass either
-        raise VltrainError.at(
-            str(adapter),
-            what=f"merged weights differ from base + adapter by {difference.merged:.2%} of the "
-            f"logits, {TOLERANCE[dtype]:.2%} is what rounding to {name} explains; nothing was kept",
-            fix="look for weights that are not finite: the run's loss in metrics.jsonl tells",
-        )
-    return difference
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` when the block ends without error.
-
-    What killed processes left beside `out` is removed first.
-    """
-    for leftover in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-        if not _is_running(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover)
-    draft = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True  # somebody else's process
-    return True

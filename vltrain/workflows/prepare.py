@@ -66,6 +66,12 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
         )
 
 
+def nf4_of(recipe: Recipe, folder: Path) -> Nf4 | None:
+    """How a run holds its base in NF4; None where it does not, or GPTQ has packed it already."""
+    plain = recipe.method != "qlora" or is_packed(folder)
+    return None if plain else Nf4(recipe.quantize.vision)
+
+
 def prepare_model(
     recipe: Recipe, family: Family, folder: Path, *, device: torch.device, seed: int
 ) -> PreTrainedModel | PeftModel:
@@ -80,11 +86,11 @@ def prepare_model(
             for adapter in (adapter_of(recipe, family, folder), Adapter())
         )
         refuse_other_shape(recipe.lora.continue_from, folder, wanted, default)
-    quantize = Nf4(recipe.quantize.vision) if recipe.method == "qlora" else None
+    quantize = nf4_of(recipe, folder)
     model = load_model(
         folder,
         dtype=run_dtype(recipe),
-        device=None if quantize is None else device,  # others are moved when they are whole
+        device=device if recipe.method == "qlora" else None,  # others are moved when whole
         quantize=quantize,
     )
     model.config.use_cache = False

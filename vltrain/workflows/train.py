@@ -70,6 +70,7 @@ from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
     let_learn,
+    nf4_of,
     prepare_model,
     refuse_unfit_base,
     refuse_unfit_engine,
@@ -170,21 +171,25 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
 
 def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine, halves: Halves) -> Origin:
     """Take the run's directory; the base, with its weights' hash, as results name it."""
-    hash_of_base = weights_hash(base.folder)
+    origin = Origin(
+        base.source.name,
+        base.source.path,
+        base.source.revision,
+        weights_hash(base.folder),
+        nf4=nf4_of(recipe, base.folder),
+    )
     run.begin(
         recipe,
         environment(
             dtype=run_dtype(recipe),
-            base_path=str(base.folder.resolve()),
-            base_revision=base.source.revision,
-            base_hash=hash_of_base,
+            base=origin.as_json(),
             engine=engine.name,
             zero_stage=engine.zero_stage,
             world_size=process_count(),
             epoch=halves.epoch,
         ),
     )
-    return Origin(base.source.name, base.source.path, base.source.revision, hash_of_base)
+    return origin
 
 
 def plan_engine(recipe: Recipe, base: Base) -> Engine:

@@ -1,0 +1,47 @@
+"""Folders that are there whole or not at all."""
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vltrain.errors import VltrainError
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise VltrainError where something has the name of a folder that is to be made."""
+    if out.exists() or out.is_symlink():
+        raise VltrainError.at(
+            str(out), what="exists already", fix="name another folder, or remove this one first"
+        )
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; it becomes `out` when the block ends without error.
+
+    What killed processes left beside `out` is removed first.
+    """
+    for leftover in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        if not _is_running(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover)
+    draft = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True  # somebody else's process
+    return True
