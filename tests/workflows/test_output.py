@@ -21,6 +21,7 @@ RECORDS = [
 ]
 
 TRAINING_LINES = (
+    r"data: 6 records (checked|read from the cache) in [\d.]+ s",
     r"lora · .*/base · Qwen-VL v1",
     r"[┏┡└].*",  # the frame of the table of parameters
     r"[┃│] (part|language|adapter|vision|projector|all) .*",
