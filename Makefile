@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 VLTRAIN := $(BIN)/vltrain
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-fast lint clean
+.PHONY: install demo test test-fast test-matrix lint clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -56,7 +56,10 @@ demo/merged_answers.jsonl: demo/merged/config.json
 # --- development ---
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not matrix"
+
+test-matrix: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "matrix and not gpu"
 
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"

@@ -182,10 +182,19 @@ def test_training_gets_the_recipe_of_file_flags_and_overrides(
 
 
 def test_merge_gets_adapter_out_and_base(called: list[tuple]):
-    type_in("merge", "runs/a/final", "merged", "--base", "elsewhere")
+    type_in("merge", "runs/a/final", "merged", "--base", "elsewhere", "--with", "runs/b=final=0.5")
 
     assert called == [
-        ("merge", (Path("runs/a/final"), Path("merged")), {"base": "elsewhere"}),
+        (
+            "merge",
+            (Path("runs/a/final"), Path("merged")),
+            {
+                "base": "elsewhere",
+                "others": [(Path("runs/b=final"), 0.5)],
+                "into": "auto",
+                "low_memory": False,
+            },
+        ),
     ]
 
 

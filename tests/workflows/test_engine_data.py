@@ -15,7 +15,7 @@ from vltrain.config import Recipe
 from vltrain.training.run_dir import RunDir
 from vltrain.workflows.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 ORIGINAL = Path(__file__).parents[1] / "original"
 BY_ONE = "trainer.gradient_accumulation_steps=1"

@@ -15,7 +15,7 @@ from vltrain.training.run_dir import RunDir
 from vltrain.workflows.merge import merge
 from vltrain.workflows.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 ENGINES = {
     "ddp": ("engine=ddp",),

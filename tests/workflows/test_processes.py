@@ -16,7 +16,7 @@ from tiny import write_conversations, write_qwen_vl
 from vltrain.config import load_recipe, recipe_to_yaml
 from vltrain.training.run_dir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 LAUNCH = "import sys; from vltrain.training.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
 
