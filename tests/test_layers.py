@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "vltrain"
 FLOORS = (
     ("errors",),
     ("recipe_yaml", "recipe_types", "hub_names"),
-    ("method_config",),
+    ("method_config", "data_config"),
     ("config",),
     ("data", "models", "demo"),
     ("training", "evaluation"),

@@ -11,15 +11,15 @@ and is given to it by the workflow that trains.
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from vltrain.data_config import DataConfig, MixEntry, data_faults
 from vltrain.errors import VltrainError
 from vltrain.method_config import (
     FOREIGN_SECTIONS,
@@ -32,62 +32,11 @@ from vltrain.method_config import (
     foreign_sections,
     method_faults,
 )
-from vltrain.recipe_types import STRICT, UserPath
+from vltrain.recipe_types import STRICT, Fault, UserPath
 from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 EngineChoice = Literal["auto", "ddp", "deepspeed", "fsdp2"]
-
-
-@dataclass(frozen=True)
-class MixEntry:
-    """How many of one file's samples an epoch shows: by `weight` or by `samples`."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    file: UserPath  # one of data.files
-    weight: Annotated[float, Ge(0)] | None = None  # times an epoch shows each: 2.0 twice
-    samples: Annotated[int, Ge(0)] | None = None  # how many of them an epoch shows
-
-    def shown(self, available: int) -> int:
-        """Samples of the file that an epoch shows, where there are so many."""
-        if self.weight is None:
-            return self.samples or 0
-        return math.floor(self.weight * available + 0.5)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which files to learn from and how long a sample may be."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    files: Annotated[tuple[UserPath, ...], MinLen(1)]  # one alone may be written without brackets
-    format: Literal["auto", "qwen_vl", "messages", "llava", "sharegpt", "swift"] = "auto"
-    eval_files: tuple[UserPath, ...] = ()
-    eval_share: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the training samples, kept for evaluation
-    image_root: UserPath | None = None  # where relative picture paths start; None: beside the file
-    allow_urls: bool = False  # download pictures that are http(s) URLs
-    url_timeout: Annotated[float, Gt(0)] = 20.0  # seconds of one try, until the last byte is here
-    url_max_bytes: Annotated[int, Ge(1)] = 50_000_000  # of one downloaded picture
-    url_retries: Annotated[int, Ge(0)] = 2  # after a timeout, a 5xx and a 429
-    url_private: bool = False  # fetch from this machine and networks that are not public, too
-    bad_pictures: Literal["error", "drop"] = "error"  # drop: leave out records that show one
-    cache_dir: UserPath | None = None  # of downloads and checked data; None: the user's cache
-    max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
-    too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
-    mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
-    packing: bool = False  # rows of up to max_length tokens hold several samples each
-    streaming: bool = False  # read records as they come, over and over; needs trainer.max_steps
-    shuffle_buffer: Annotated[int, Ge(1)] = (
-        10_000  # records held, of which streaming draws the next
-    )
-    labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
-
-    @property
-    def has_eval(self) -> bool:
-        """Whether the run measures an eval loss."""
-        return bool(self.eval_files) or self.eval_share > 0
 
 
 @dataclass(frozen=True)
@@ -304,7 +253,8 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
     except ValidationError as error:
         problems = _problems(error, where, origins)
         raise VltrainError("\n".join(str(problem) for problem in problems)) from None
-    _refuse_contradictions(recipe, where, origins)
+    for key, what, fix in _contradictions(recipe):
+        raise VltrainError.at(_origin(key, where, origins), what=what, fix=fix)
     return replace(recipe, trainer=_with_defaults(recipe))
 
 
@@ -329,66 +279,17 @@ def _with_defaults(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) -> None:
-    data, trainer = recipe.data, recipe.trainer
-
-    def refuse(key: str, what: str, fix: str) -> None:
-        raise VltrainError.at(_origin(key, where, origins), what=what, fix=fix)
-
-    for key in trainer:
-        if key in NOT_YOURS_TO_SET:
-            reason, instead = NOT_YOURS_TO_SET[key]
-            refuse(
-                f"trainer.{key}",
-                f"`trainer.{key}` cannot be set: {reason}",
-                instead or f"take out `trainer.{key}`",
-            )
+def _contradictions(recipe: Recipe) -> Iterator[Fault]:
+    """Combinations that cannot work, whatever the data, the model and the machine."""
+    yield from _trainer_faults(recipe.trainer)
     if recipe.deepspeed is not None and recipe.engine in ("ddp", "fsdp2"):
-        refuse(
+        yield (
             "deepspeed",
             f"engine is {recipe.engine}, and deepspeed: {recipe.deepspeed} is given",
             "take out deepspeed, or set engine: deepspeed",
         )
-    if data.eval_files and data.eval_share:
-        refuse(
-            "data.eval_share",
-            "both data.eval_files and data.eval_share are given",
-            "keep the one that you mean",
-        )
-    both = [str(file) for file in data.eval_files if file in data.files]
-    if both:
-        refuse(
-            "data.eval_files",
-            f"{', '.join(both)} is learned from and evaluated on",
-            "evaluate on a file of its own, or on data.eval_share of this one",
-        )
-    for key, what, fix in _streaming_faults(recipe) if data.streaming else ():
-        refuse(key, what, fix)
-    for what, fix in _mix_faults(data):
-        refuse("data.mix", what, fix)
-    sampling = trainer.get("train_sampling_strategy", "random")
-    if data.mix and sampling not in ("random", "group_by_length"):
-        refuse(
-            "trainer.train_sampling_strategy",
-            f"data.mix draws samples at random, and `{sampling}` is asked for",
-            "take it out, or take out data.mix",
-        )
-    if data.packing and sampling != "random":
-        refuse(
-            "trainer.train_sampling_strategy",
-            f"packed rows come in random order, and `{sampling}` is asked for",
-            "take it out, or set data.packing: false",
-        )
-    wants_eval = trainer.get("load_best_model_at_end") or trainer.get(
-        "eval_strategy", "no"
-    ) not in ("no", False)
-    if wants_eval and not data.has_eval:
-        refuse(
-            "trainer.eval_strategy",
-            "an eval loss is asked for and there is nothing to measure it on",
-            "give data.eval_files or data.eval_share",
-        )
-    for fault in method_faults(
+    yield from data_faults(recipe.data, recipe.trainer)
+    yield from method_faults(
         recipe.method,
         recipe.dtype,
         recipe.lora,
@@ -396,49 +297,20 @@ def _refuse_contradictions(recipe: Recipe, where: str, origins: dict[str, str]) 
         recipe.quantize,
         recipe.full,
         recipe.lr,
-        trainer,
-    ):
-        refuse(*fault)
+        recipe.trainer,
+    )
 
 
-def _streaming_faults(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    """What a recipe asks of a stream that only files allow which are read before: key, what is
-    wrong, and how to mend it."""
-    data, trainer = recipe.data, recipe.trainer
-    known = "take it out, or set data.streaming: false"
-    if trainer.get("max_steps", -1) < 1:
-        what = "a stream has no end, and the run no number of steps"
-        yield "trainer.max_steps", what, "set trainer.max_steps"
-    if data.packing:
-        yield "data.packing", "lengths are not known before records are streamed", known
-    if data.eval_share:
-        what = "a share cannot be held out of records that are not known before"
-        yield "data.eval_share", what, "give data.eval_files, or set data.streaming: false"
-    if data.mix:
-        what = "a mix draws from files whose records are known, and they are streamed"
-        yield "data.mix", what, known
-    if trainer.get("train_sampling_strategy", "random") != "random":
-        what = "the order of a stream is that of its files, through a buffer"
-        yield "trainer.train_sampling_strategy", what, known
-
-
-def _mix_faults(data: DataConfig) -> Iterator[tuple[str, str]]:
-    """What is wrong with `data.mix`, and how to mend it."""
-    named = [entry.file for entry in data.mix]
-    for entry in data.mix:
-        if entry.file not in data.files:
-            files = ", ".join(map(str, data.files))
+def _trainer_faults(trainer: dict[str, Any]) -> Iterator[Fault]:
+    """Keys of `trainer:` that a run sets by itself."""
+    for key in trainer:
+        if key in NOT_YOURS_TO_SET:
+            reason, instead = NOT_YOURS_TO_SET[key]
             yield (
-                f"data.mix names {entry.file}, which is none of data.files",
-                f"name one of {files}",
+                f"trainer.{key}",
+                f"`trainer.{key}` cannot be set: {reason}",
+                instead or f"take out `trainer.{key}`",
             )
-        if named.count(entry.file) > 1:
-            yield f"data.mix names {entry.file} {named.count(entry.file)} times", "name it once"
-        if (entry.weight is None) == (entry.samples is None):
-            given = "neither weight nor samples" if entry.weight is None else "weight and samples"
-            yield f"data.mix gives {given} for {entry.file}", "give one of the two"
-    if data.mix and {e.file for e in data.mix if not e.weight and not e.samples} >= {*data.files}:
-        yield "data.mix shows no sample of any file", "raise a weight or `samples` above 0"
 
 
 def _known_keys() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict
 
-from vltrain.recipe_types import STRICT, UserPath
+from vltrain.recipe_types import STRICT, Fault, UserPath
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -96,9 +96,6 @@ FOREIGN_SECTIONS = {
 def foreign_sections(method: Method) -> tuple[str, ...]:
     """The sections that a recipe of this method has no use for."""
     return tuple(name for name in FOREIGN_SECTIONS if name not in METHOD_SECTIONS[method])
-
-
-Fault = tuple[str, str, str]  # key, what is wrong with it, how to mend it
 
 
 def method_faults(

@@ -15,3 +15,4 @@ def _at_home(path: Path) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(_at_home)]
+Fault = tuple[str, str, str]  # key, what is wrong with it, how to mend it
