@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vltrain import __version__
 from vltrain.config import DataConfig
@@ -91,6 +92,23 @@ def prepare(
     return found
 
 
+def check_as_run(
+    files: Sequence[Path], data: DataConfig, processor: Processor, **how: Any
+) -> Report:
+    """What is wrong with files for a run of a recipe; `how` goes to `check_files` beside it."""
+    return check_files(
+        files,
+        processor=processor,
+        pictures=pictures_of(data),
+        max_length=data.max_length,
+        too_long=data.too_long,
+        labels=data.labels,
+        format=data.format,
+        bad_pictures=data.bad_pictures,
+        **how,
+    )
+
+
 def _key(data: DataConfig, processor: Processor) -> str:
     """A name for all that a table depends on but the contents of files."""
     section = {key: value for key, value in asdict(data).items() if key not in _WITHOUT_EFFECT}
@@ -129,7 +147,6 @@ def _check(
 ) -> Prepared:
     """One pass over all files: their findings and, where none is an error, the table."""
     states = list(_source_states(files))  # before they are read: a later change is seen
-    pictures = pictures_of(data)
     with entry.draft() as folder:
         with ExitStack() as stack:
             table = stack.enter_context(TableWriter(folder))
@@ -139,18 +156,13 @@ def _check(
                 table.write(gathered.rows)
                 states_of_pictures.write(gathered.pictures)
 
-            report = check_files(
+            report = check_as_run(
                 files,
-                processor=processor,
-                pictures=pictures,
-                max_length=data.max_length,
-                too_long=data.too_long,
-                labels=data.labels,
-                format=data.format,
-                bad_pictures=data.bad_pictures,
+                data,
+                processor,
                 workers=worker_count(),
                 on_checked=on_checked,
-                keeper=Keeper(partial(gather, pictures=pictures), store),
+                keeper=Keeper(partial(gather, pictures=pictures_of(data)), store),
             )
         if report.errors:
             return Prepared(report, None)

@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from vltrain.config import DataConfig
-from vltrain.data.checks import check_files
 from vltrain.data.dataset import RecordReader, SampleDataset, split_numbers
 from vltrain.data.encoding import Processor
 from vltrain.data.findings import Report
 from vltrain.data.mixing import Mix, mix_of
 from vltrain.data.packing import PackedDataset
 from vltrain.data.pictures import pictures_of
-from vltrain.data.prepared import prepare
+from vltrain.data.prepared import check_as_run, prepare
 from vltrain.data.sample_table import SampleTable
 from vltrain.data.streaming import Limits, SampleStream, Split
 from vltrain.errors import VltrainError
@@ -107,17 +106,7 @@ def read_data(
 
 def _check_begin(console: Console, data: DataConfig, processor: Processor) -> None:
     """Raise VltrainError for what is wrong with the first records of files that are streamed."""
-    report = check_files(
-        data.files,
-        processor=processor,
-        pictures=pictures_of(data),
-        max_length=data.max_length,
-        too_long=data.too_long,
-        labels=data.labels,
-        format=data.format,
-        bad_pictures=data.bad_pictures,
-        most=STREAM_CHECKED,
-    )
+    report = check_as_run(data.files, data, processor, most=STREAM_CHECKED)
     if report.findings:
         print_report(report, console)
     refuse_errors(report, data.files, undone="trained")
