@@ -10,15 +10,14 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from real_size_lora import TOY, Samples, StepClock
+from real_size_lora import TOY, Samples, StepClock, step_arguments
 from torch import distributed
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback
 
 from vltrain.config import FreezeConfig, read_resolved
 from vltrain.data.collation import Collator
@@ -69,23 +68,8 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
     """
     on_gpu = torch.cuda.is_available()
     engine = engine_named(wanted["engine"])
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=WARMUP_STEPS + wanted["steps"],
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=wanted["accumulation"],
-        gradient_checkpointing=True,
-        learning_rate=1e-4,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=4 if on_gpu else 0,
-        **engine_settings(engine),
-    )
+    steps = WARMUP_STEPS + wanted["steps"]
+    arguments = step_arguments(steps, wanted["accumulation"], **engine_settings(engine))
     model = random_model(arguments.device, toy=wanted["toy"])
     config = model.config
     if wanted["method"] == "full":
@@ -93,7 +77,6 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
     else:
         model = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
     assert wanted["method"] == "full" or not learns_to_see(model, QWEN_VL)
-    steps = WARMUP_STEPS + wanted["steps"]
     samples = wanted["accumulation"] * process_count() * steps
     clock = StepClock()
     trainer = Trainer(

@@ -170,7 +170,7 @@ def start(
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [sys.executable, *(torchrun if processes > 1 else []), script, kind, str(results), *cells],
-        env=environment(bench, processes),
+        env=environment(bench),
         stdout=subprocess.DEVNULL,
         stderr=(bench.folder / "stderr.txt").open("w"),
         text=True,
@@ -178,15 +178,10 @@ def start(
     )
 
 
-def environment(bench: Bench, processes: int = 2) -> dict[str, str]:
-    """Of all processes; NVLink multicast stays as the machine has it.
-
-    One process sees one GPU: transformers would spread it over all by nn.DataParallel.
-    """
+def environment(bench: Bench) -> dict[str, str]:
+    """Of all processes; NVLink multicast stays as the machine has it."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    hidden = {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {}
-    if bench.tiny:
-        hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if bench.tiny else {}
     threads = "1" if bench.tiny else "8"
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, **hidden}
 

@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from real_size_lora import TOY, Samples, StepClock
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from real_size_lora import TOY, Samples, StepClock, step_arguments
+from transformers import PreTrainedModel, PrinterCallback
 
 from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator
@@ -139,24 +139,14 @@ def prepare(cell: Cell, folder: Path) -> PreTrainedModel:
 
 def trainer_of(cell: Cell, model: PreTrainedModel, config: QwenVLConfig, clock: StepClock) -> Any:
     """A Trainer with the cell's optimizer, over random samples."""
-    on_gpu = torch.cuda.is_available()
     full = cell.method in ("residual", "stochastic")
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=WARMUP_STEPS + cell.steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=cell.accumulation,
-        gradient_checkpointing=True,
+    arguments = step_arguments(
+        WARMUP_STEPS + cell.steps,
+        cell.accumulation,
         learning_rate=1e-5 if full else 1e-4,
         optim="adamw_torch" if cell.method == "lora" or full else "paged_adamw_8bit",
         bf16=True,
-        use_cpu=not on_gpu,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=2 if on_gpu else 0,
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,
     )
     optimizer = None
     if full:

@@ -75,6 +75,34 @@ class Samples(torch.utils.data.Dataset):
         }
 
 
+def step_arguments(steps: int, accumulation: int, **others: Any) -> TrainingArguments:
+    """Of steps that are measured and leave nothing behind; `others` are added or win.
+
+    One process trains on one GPU, however many there are: transformers would spread its batches
+    over all of them by nn.DataParallel.
+    """
+    on_gpu = torch.cuda.is_available()
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": True,
+        "learning_rate": 1e-4,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 4 if on_gpu else 0,
+    }
+    arguments = TrainingArguments(**settings | others)
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def measure(tokens: int, steps: int, *, toy: bool) -> dict[str, Any]:
     """Train and return what was measured, with the machine it was measured on."""
     on_gpu = torch.cuda.is_available()
@@ -88,25 +116,9 @@ def measure(tokens: int, steps: int, *, toy: bool) -> dict[str, Any]:
     base.config.use_cache = False
     model = add_lora(base, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
     clock = StepClock()
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=WARMUP_STEPS + steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=ACCUMULATION,
-        gradient_checkpointing=True,
-        learning_rate=1e-4,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=4 if on_gpu else 0,
-    )
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=step_arguments(WARMUP_STEPS + steps, ACCUMULATION),
         train_dataset=Samples(config, tokens, ACCUMULATION * (WARMUP_STEPS + steps)),
         data_collator=Collator(pad_id=151643),
         callbacks=[clock, ProgressBar(Console())],
