@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
+
+from vltrain.data.arrow_stream import ArrowStream
 
 BATCH_STATES = 10_000  # written and read together
 MOST_REMEMBERED = 100_000  # of which a writer knows that it has written them
@@ -37,18 +38,16 @@ def first_change(states: Iterable[FileState]) -> str | None:
     return next((was.path for was in states if state_or_absence(was.path) != was), None)
 
 
-class StateWriter:
+class StateWriter(ArrowStream):
     """Writes the states of many files into an Arrow stream, most of them once."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
         columns = [("path", pa.large_string()), ("size", pa.int64()), ("time", pa.int64())]
-        self._schema = pa.schema(columns)
+        super().__init__(path, pa.schema(columns))
         self._waiting: list[FileState] = []
         self._known: dict[FileState, None] = {}
-        self._file = pa.OSFile(str(path), "wb")
-        self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def write(self, states: Iterable[FileState]) -> None:
         """Add states; those that were added lately are passed over."""
@@ -60,29 +59,11 @@ class StateWriter:
             self._known[state] = None
             self._waiting.append(state)
         if len(self._waiting) >= BATCH_STATES:
-            self._flush()
+            self.finish()
 
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        columns = zip(*self._waiting, strict=True) if self._waiting else [(), (), ()]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, self._schema, strict=True)]
-        self._stream.write_batch(pa.record_batch(arrays, self._schema))
+    def finish(self) -> None:
+        self.write_batch(zip(*self._waiting, strict=True) if self._waiting else [(), (), ()])
         self._waiting = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._flush()
-        self._stream.close()
-        self._file.close()
 
 
 def read_states(path: Path) -> Iterator[FileState]:

@@ -13,12 +13,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vltrain.data.arrow_stream import ArrowStream
 from vltrain.data.encoding import Sample
 from vltrain.data.records import Record
 
@@ -105,20 +105,18 @@ class SampleTable:
         return self.files[self.numbers["file"][number]]
 
 
-class TableWriter:
+class TableWriter(ArrowStream):
     """Writes a table into a folder, rows after rows; their numbers are held until the end."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
+        super().__init__(folder / RECORDS_FILE, pa.schema([("record", pa.large_string())]))
         self.folder = folder
-        self._schema = pa.schema([("record", pa.large_string())])
         self._records: list[str] = []  # not written yet
         self._held_characters = 0
         self._numbers: list[NDArray[np.int32]] = []
         self._files: dict[Path, int] = {}
-        self._file = pa.OSFile(str(folder / RECORDS_FILE), "wb")
-        self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def write(self, rows: Rows) -> None:
         """Add rows."""
@@ -131,39 +129,21 @@ class TableWriter:
             self._write_records()
 
     def _write_records(self) -> None:
-        import pyarrow as pa
-
-        batch = pa.record_batch([pa.array(self._records, pa.large_string())], self._schema)
-        self._stream.write_batch(batch)
+        self.write_batch([self._records])
         self._records, self._held_characters = [], 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._write_records()
-            self._write_numbers()
-        self._stream.close()
-        self._file.close()
+    def finish(self) -> None:
+        self._write_records()
+        self._write_numbers()
 
     def _write_numbers(self) -> None:
         """All numbers in one piece, so that each column is one array of the mapped file."""
         import pyarrow as pa
 
         empty = np.empty((0, len(NUMBERS)), np.int32)
-        columns = np.concatenate([empty, *self._numbers]).T
-        batch = pa.record_batch([pa.array(column) for column in columns], list(NUMBERS))
-        with (
-            pa.OSFile(str(self.folder / NUMBERS_FILE), "wb") as file,
-            pa.ipc.new_stream(file, batch.schema) as stream,
-        ):
-            stream.write_batch(batch)
+        schema = pa.schema([(name, pa.int32()) for name in NUMBERS])
+        with ArrowStream(self.folder / NUMBERS_FILE, schema) as stream:
+            stream.write_batch(np.concatenate([empty, *self._numbers]).T)
         # In ASCII: names need not be UTF-8.
         names = json.dumps([str(file) for file in self._files])
         (self.folder / FILES_FILE).write_text(names, encoding="utf-8")
