@@ -1,0 +1,221 @@
+"""Where the cells of `engines_gpu.py` run: folder, base, data and recipes, and the processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+WIDE = {  # the published widths
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "num_hidden_layers": 8,
+    "intermediate_size": 22016,
+    "seq_length": 2048,
+}
+WIDE_VISION = {
+    "heads": 16,
+    "image_size": 448,
+    "layers": 8,
+    "mlp_ratio": 4.9231,
+    "n_queries": 256,
+    "output_dim": 4096,
+    "width": 1664,
+}
+ENGINES = {
+    "ddp": {"engine": "ddp"},
+    "zero2": {"deepspeed": "zero2"},
+    "zero3": {"deepspeed": "zero3"},
+    "fsdp2": {"engine": "fsdp2"},
+}
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where it all lies, how large it is, and until when it may run."""
+
+    folder: Path
+    results: Path
+    tiny: bool
+    gpus: int
+    deadline: float  # of time.monotonic
+
+    def log(self, cell: dict[str, Any]) -> None:
+        """Print a result, and keep it."""
+        print(json.dumps(cell), flush=True)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+
+    def limit(self, seconds: float) -> float:
+        """Seconds that a cell may take: no more than are left."""
+        return max(1.0, min(seconds, self.deadline - time.monotonic()))
+
+
+def write_base(bench: Bench) -> None:
+    """The model, and records of which every second one, in random order, has a picture."""
+    import tiny
+    import torch
+    from PIL import Image
+
+    config = dict(tiny.QWEN_VL_CONFIG)
+    if not bench.tiny:
+        config |= WIDE | {"torch_dtype": "bfloat16"}
+        config["visual"] = config["visual"] | WIDE_VISION
+    with torch.device("cpu" if bench.tiny else "cuda"):
+        tiny.write_qwen_vl(bench.folder / "base", config=config)
+    chance = random.Random(0)
+    records = []
+    for number in range(400):
+        question = "".join(chance.choices("abcdefgh ", k=chance.randint(20, 200)))
+        if number % 2:
+            color = tuple(chance.randrange(256) for _ in range(3))
+            Image.new("RGB", (64, 64), color).save(bench.folder / f"{number}.png")
+            question = f"Picture 1: <img>{bench.folder / f'{number}.png'}</img>\n{question}"
+        answer = "".join(chance.choices("xyz ", k=chance.randint(10, 100)))
+        turns = [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
+        records.append({"id": str(number), "conversations": turns})
+    (bench.folder / "ordered.json").write_text(json.dumps(records))
+    chance.shuffle(records)
+    (bench.folder / "data.json").write_text(json.dumps(records))
+
+
+def recipe(bench: Bench, name: str, method: str, engine: dict[str, str], **trainer: Any) -> Path:
+    """The file of a run; its directory has the same name."""
+    data = bench.folder / trainer.pop("data", "data.json")
+    values: dict[str, Any] = {
+        "method": method,
+        "model": str(bench.folder / "base"),
+        "output": str(bench.folder / "runs" / name),
+        "data": {"files": [str(data)], "max_length": 1024},
+        **engine,
+        "memory_check": False,  # what does not fit is a result too
+        "trainer": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 1e-4 if method == "lora" else 1e-5,  # more, and wide models diverge
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            **trainer,
+        },
+    }
+    if method == "lora":
+        values["lora"] = {"dropout": 0.0, "r": 16}
+    file = bench.folder / f"{name}.yaml"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def group(
+    bench: Bench, kind: str, processes: int, cells: dict[str, str], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Cells in one start of torchrun; after a cell that fails, a new start for those behind it.
+
+    Args:
+        kind: of cell, as `engine_cells.py` knows them.
+        processes: of the group; one runs by itself.
+        cells: by name, what stands for each on the command line.
+        seconds: that a cell may take, the start included.
+    """
+    left = dict(cells)
+    while left and bench.limit(1e9) > 5:
+        own = bench.folder / "group.jsonl"
+        own.unlink(missing_ok=True)
+        error = watch(bench, start(bench, kind, processes, own, left.values()), own, seconds)
+        for done in read_lines(own):
+            left.pop(next(iter(left)))
+            yield done
+        if left and error:
+            yield {"cell": take_first(left), "error": error}
+
+
+def take_first(cells: dict[str, str]) -> str:
+    """Remove the first cell; its name."""
+    name = next(iter(cells))
+    del cells[name]
+    return name
+
+
+def start(
+    bench: Bench, kind: str, processes: int, results: Path, cells: Sequence[str] | Any
+) -> subprocess.Popen[str]:
+    """A group of processes at work on cells."""
+    script = str(Path(__file__).with_name("engine_cells.py"))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if processes > 1 else []), script, kind, str(results), *cells],
+        env=environment(bench),
+        stdout=subprocess.DEVNULL,
+        stderr=(bench.folder / "stderr.txt").open("w"),
+        text=True,
+        start_new_session=True,
+    )
+
+
+def environment(bench: Bench) -> dict[str, str]:
+    """Of all processes; NVLink multicast stays as the machine has it."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if bench.tiny else {}
+    threads = "1" if bench.tiny else "8"
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, **hidden}
+
+
+def watch(bench: Bench, process: subprocess.Popen[str], results: Path, seconds: float) -> str:
+    """Wait for a group; why it did not do all of its cells, or nothing."""
+    seen, since = 0, time.monotonic()
+    while process.poll() is None:
+        count = len(read_lines(results))
+        if count > seen:
+            seen, since = count, time.monotonic()
+        if time.monotonic() - since > bench.limit(seconds):
+            end_tree(process)
+            return f"took longer than {time.monotonic() - since:.0f} s"
+        time.sleep(0.5)
+    if process.returncode == 0:
+        return ""
+    return last_words(bench)
+
+
+def last_words(bench: Bench) -> str:
+    """The lines of stderr that name an error, else its end."""
+    lines = (bench.folder / "stderr.txt").read_text(errors="replace").splitlines()
+    named = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+    return " | ".join((named or lines)[:4])[-1500:]
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all below it: torchrun's workers sit in sessions of their own."""
+    for pid in descendants(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # ended with its parent
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for parent in found:
+        for file in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in file.read_text().split()]
+    return found
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file that may be growing."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
