@@ -6,62 +6,104 @@ from pathlib import Path
 import pytest
 import torch
 from group import train_all
+from runs import metrics, weights
 from tiny import write_conversations, write_qwen_vl
 
-from vltrain.config import load_recipe, recipe_to_yaml
+from vltrain.config import Recipe, load_recipe, recipe_to_yaml
 from vltrain.models import load_model
-from vltrain.training.run_dir import RunDir
 
 pytestmark = pytest.mark.gpu
 
-ENGINES = ("engine=ddp", "deepspeed=zero2", "deepspeed=zero3", "deepspeed=zero3_offload")
-ENGINES += ("engine=fsdp2",)
+ENGINES = {
+    "ddp": "engine=ddp",
+    "zero2": "deepspeed=zero2",
+    "zero3": "deepspeed=zero3",
+    "zero3_offload": "deepspeed=zero3_offload",
+    "fsdp2": "engine=fsdp2",
+}
+METHODS = ("lora", "full")
 SAMPLES_A_STEP = 8
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen_vl(tmp_path_factory.mktemp("gpu") / "base")
-
-
-def losses(base: Path, folder: Path, method: str, engine: str, processes: int) -> list[float]:
-    """Of four steps of eight samples."""
+def recipe_of(folder: Path, name: str, method: str, engine: str, processes: int) -> Recipe:
+    """Four steps of eight samples."""
     share = SAMPLES_A_STEP // processes
-    recipe = load_recipe(
+    settings = [
+        "trainer.max_steps=4",
+        "trainer.per_device_train_batch_size=1",
+        f"trainer.gradient_accumulation_steps={share}",
+        "trainer.learning_rate=1e-3",
+        "trainer.report_to=none",
+        *(["lora.dropout=0"] if method == "lora" else []),
+        engine,
+    ]
+    return load_recipe(
         None,
         method=method,
-        model=str(base),
-        data=[write_conversations(folder / "data")],
-        output=folder / f"run-{processes}",
-        overrides=[
-            "trainer.max_steps=4",
-            "trainer.per_device_train_batch_size=1",
-            f"trainer.gradient_accumulation_steps={share}",
-            "trainer.learning_rate=1e-3",
-            "trainer.report_to=none",
-            *(["lora.dropout=0"] if method == "lora" else []),
-            engine,
-        ],
+        model=str(folder / "base"),
+        data=[folder / "train.json"],
+        output=folder / name,
+        overrides=settings,
     )
-    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    train_all(processes, [folder / "recipe.yaml"], gpus=True)
-    said = json.loads((recipe.output / "environment.json").read_text())
-    assert said["engine"] == (
-        "deepspeed" if engine.startswith("deepspeed") else engine.removeprefix("engine=")
-    )
-    assert said["dtype"] == "bf16"
-    return [row["loss"] for row in RunDir(recipe.output).read_metrics() if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of one GPU under DDP, and those of all engines on two where there are as many."""
+    folder = tmp_path_factory.mktemp("gpus")
+    write_qwen_vl(folder / "base")
+    write_conversations(folder)
+    processes = min(2, torch.cuda.device_count())
+    alone = [recipe_of(folder, f"one-{method}", method, "engine=ddp", 1) for method in METHODS]
+    together = [
+        recipe_of(folder, f"{engine}-{method}", method, setting, processes)
+        for engine, setting in ENGINES.items()
+        for method in METHODS
+    ]
+    for count, recipes in ((1, alone), (processes, together)):
+        files = [folder / f"{recipe.output.name}.yaml" for recipe in recipes]
+        for file, recipe in zip(files, recipes, strict=True):
+            file.write_text(recipe_to_yaml(recipe))
+        train_all(count, files, gpus=True)
+    return folder
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_all_gpus_lose_what_one_gpu_loses(base, tmp_path, method, engine):
-    processes = min(2, torch.cuda.device_count())
-    (tmp_path / "one").mkdir()
-    alone = losses(base, tmp_path / "one", method, "engine=ddp", 1)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_gpus_lose_what_one_gpu_loses(runs, method, engine):
+    together, alone = metrics(runs / f"{engine}-{method}"), metrics(runs / f"one-{method}")
 
-    together = losses(base, tmp_path, method, engine, processes)
+    assert [step for step, _ in together] == [step for step, _ in alone] == [1, 2, 3, 4]
+    assert [x for _, x in together] == pytest.approx([x for _, x in alone], rel=2e-2)
 
-    assert together == pytest.approx(alone, rel=2e-2)
-    if method == "full":
-        assert load_model(tmp_path / f"run-{processes}" / "final").num_parameters() > 0
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_environment_names_the_engine_and_its_dtype(runs, method, engine):
+    said = json.loads((runs / f"{engine}-{method}" / "environment.json").read_text())
+
+    stage = int(engine[4]) if engine.startswith("zero") else None
+    assert said["engine"] == ("deepspeed" if stage else engine)
+    assert said["zero_stage"] == stage
+    assert said["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_full_model_is_saved_whole(runs, engine):
+    final = runs / f"{engine}-full" / "final"
+
+    assert weights(final).keys() == weights(runs / "base").keys()
+    ids = torch.arange(0, 96)[None]
+    ours, theirs = (
+        load_model(folder, dtype="fp32")(ids).logits
+        for folder in (final, runs / "one-full" / "final")
+    )
+    assert (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapter_is_saved_whole(runs, engine):
+    ours, theirs = (weights(runs / f"{run}-lora" / "final") for run in (engine, "one"))
+
+    assert ours.keys() == theirs.keys()
+    assert all(tensor.isfinite().all() for tensor in ours.values())

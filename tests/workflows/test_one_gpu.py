@@ -1,0 +1,69 @@
+"""What only a GPU can show of a run: 4-bit bases and memory that is really at an end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import metrics, quick, run, weights
+from tiny import write_conversations, write_gptq, write_qwen_vl
+
+pytestmark = pytest.mark.gpu
+
+LONGER = ("trainer.max_steps=20", "trainer.warmup_steps=0", "lora.r=8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gptq"])
+def test_a_quantized_base_learns_and_every_adapter_moves(kind, data, tmp_path):
+    if kind == "gptq":
+        pytest.importorskip("gptqmodel")
+    base = tmp_path / "base"
+    (write_qwen_vl if kind == "nf4" else write_gptq)(base)
+
+    run(quick(base, data, tmp_path / "run", *LONGER, method="qlora"))
+
+    losses = [loss for _, loss in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.3
+    learned = {k: v for k, v in weights(tmp_path / "run" / "final").items() if "lora_B" in k}
+    assert learned  # they begin as zeros
+    assert all(tensor.any() for tensor in learned.values())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_packed_base_learns_in_both_16_bit_dtypes(dtype, data, tmp_path):
+    pytest.importorskip("gptqmodel")
+    write_gptq(tmp_path / "base")
+
+    settings = (*LONGER, f"dtype={dtype}")
+    run(quick(tmp_path / "base", data, tmp_path / "run", *settings, method="qlora"))
+
+    losses = [loss for _, loss in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_memory_that_runs_out_ends_a_run_with_its_own_code_and_what_to_change(data, tmp_path):
+    base = write_qwen_vl(tmp_path / "base")
+    fraction = 48 * 2**20 / torch.cuda.get_device_properties(0).total_memory
+    words = ["lora", "--model", base, "--data", data, "--output", tmp_path / "run"]
+    words += ["--set", "trainer.per_device_train_batch_size=256"]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vltrain", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": f"per_process_memory_fraction:{fraction}"},
+    )
+
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert "error: " in done.stderr
+    assert "fix: " in done.stderr
+    assert "trainer.per_device_train_batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
