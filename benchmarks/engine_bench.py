@@ -39,6 +39,9 @@ ENGINES = {
     "fsdp2": {"engine": "fsdp2"},
 }
 STEPS = 6
+SMALL_LAYERS = (
+    2  # of the decoder and of the ViT, where whole checkpoints are written again and again
+)
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,20 @@ class Bench:
 
 
 def write_base(bench: Bench) -> None:
-    """The model, and records of which every second one, in random order, has a picture."""
+    """The models, and records of which every second one, in random order, has a picture."""
     import tiny
     import torch
     from PIL import Image
 
-    config = dict(tiny.QWEN_VL_CONFIG)
+    for name, layers in (("base", WIDE["num_hidden_layers"]), ("small", SMALL_LAYERS)):
+        config = dict(tiny.QWEN_VL_CONFIG)
+        if not bench.tiny:
+            config |= WIDE | {"torch_dtype": "bfloat16", "num_hidden_layers": layers}
+            config["visual"] = config["visual"] | WIDE_VISION | {"layers": layers}
+        with torch.device("cpu" if bench.tiny else "cuda"):
+            tiny.write_qwen_vl(bench.folder / name, config=config)
     if not bench.tiny:
-        config |= WIDE | {"torch_dtype": "bfloat16"}
-        config["visual"] = config["visual"] | WIDE_VISION
-    with torch.device("cpu" if bench.tiny else "cuda"):
-        tiny.write_qwen_vl(bench.folder / "base", config=config)
+        torch.cuda.empty_cache()
     chance = random.Random(0)
     records = []
     for number in range(400):
@@ -93,9 +99,10 @@ def write_base(bench: Bench) -> None:
 def recipe(bench: Bench, name: str, method: str, engine: dict[str, str], **trainer: Any) -> Path:
     """The file of a run; its directory has the same name."""
     data = bench.folder / trainer.pop("data", "data.json")
+    base = bench.folder / trainer.pop("base", "base")
     values: dict[str, Any] = {
         "method": method,
-        "model": str(bench.folder / "base"),
+        "model": str(base),
         "output": str(bench.folder / "runs" / name),
         "data": {"files": [str(data)], "max_length": 1024},
         **engine,

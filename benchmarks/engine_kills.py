@@ -24,22 +24,26 @@ from engine_bench import (
 KILLED_AFTER = 3  # steps; a checkpoint is written every second one
 SETTINGS = {"max_steps": 6, "gradient_accumulation_steps": 1, "save_total_limit": 1}
 SETTINGS |= {"save_strategy": "steps", "save_steps": 2}
-CELLS = (("lora", "ddp"), ("full", "zero3"), ("lora", "fsdp2"), ("full", "fsdp2"))
+CELLS = ("lora-ddp", "full-zero3", "full-fsdp2", "lora-fsdp2")
 """What is killed: method and engine, in the order of what is wanted most."""
 
 
-def kill(bench: Bench) -> None:
-    """`vltrain --gpus N` under each of CELLS, beside an uninterrupted run; adapters are merged."""
-    for method, engine in CELLS:
-        name = f"{method}-{engine}"
-        whole = recipe(bench, f"whole-{name}", method, ENGINES[engine], **SETTINGS)
+def kill(bench: Bench, cells: Sequence[str]) -> None:
+    """`vltrain --gpus N` for some of CELLS, beside an uninterrupted run; the adapter is merged.
+
+    A checkpoint of full training is 12 bytes a weight beside the model, so its model is small.
+    """
+    for name in cells:
+        method, engine = name.split("-")
+        settings = {**SETTINGS, "base": "base" if method == "lora" else "small"}
+        whole = recipe(bench, f"whole-{name}", method, ENGINES[engine], **settings)
         for cell in group(bench, "train", bench.gpus, {whole.stem: str(whole)}, 100):
             bench.log(cell)
-        cut = recipe(bench, f"cut-{name}", method, ENGINES[engine], **SETTINGS)
+        cut = recipe(bench, f"cut-{name}", method, ENGINES[engine], **settings)
         command = command_of(bench, method, cut)
         bench.log({"cell": f"kill-{name}", **kill_one(bench, command, cut.stem)})
         bench.log({"cell": f"resume-{name}", **resume(bench, command, name)})
-        if method == "lora":
+        if name == "lora-ddp":
             bench.log({"cell": f"merge-{name}", **merge(bench, name)})
 
 

@@ -3,9 +3,10 @@
     python benchmarks/engines_gpu.py --results engines.jsonl
 
 Losses, kill, resume and merge are those of `vltrain` itself, at real width with 8 decoder and 8
-ViT layers and a vocabulary of bytes; speed is measured at the real size, with random weights made
-on the GPU. One JSON object a cell is printed and written as soon as it is known; a cell that fails
-or takes too long is one with `error`, and the others go on. `--tiny` runs all of it on CPUs.
+ViT layers (2 and 2 where full training is killed) and a vocabulary of bytes; speed is measured at
+the real size, with random weights made on the GPU. `--methods` are those of losses and apart. One
+JSON object a cell is printed and written as soon as it is known; a cell that fails or takes too
+long is one with `error`, and the others go on. `--tiny` runs all of it on CPUs.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_bench import ENGINES, Bench, group, recipe, write_base
-from engine_kills import kill
+from engine_kills import CELLS, kill
 
 PARTS = ("losses", "apart", "kill", "speed", "full-speed")
 
@@ -52,17 +53,19 @@ def losses(bench: Bench, methods: Sequence[str]) -> None:
         bench.log(differences(cell, references.get(cell["cell"].split("-")[0])))
 
 
-def apart(bench: Bench) -> None:
+def apart(bench: Bench, methods: Sequence[str]) -> None:
     """Fifty steps in which a process often has text alone, and six in which one always has."""
     cells = {}
     for engine in ("zero3", "fsdp2", "ddp"):
-        name = f"full-{engine}-shares"
-        steps = {"max_steps": 50, "gradient_accumulation_steps": 1}
-        cells[name] = str(recipe(bench, name, "full", ENGINES[engine], **steps))
-        name = f"lora-{engine}-apart"
-        steps = {"train_sampling_strategy": "sequential", "data": "ordered.json"}
-        steps |= {"gradient_accumulation_steps": 1}
-        cells[name] = str(recipe(bench, name, "lora", ENGINES[engine], **steps))
+        if "full" in methods:
+            name = f"full-{engine}-shares"
+            steps = {"max_steps": 50, "gradient_accumulation_steps": 1}
+            cells[name] = str(recipe(bench, name, "full", ENGINES[engine], **steps))
+        if "lora" in methods:
+            name = f"lora-{engine}-apart"
+            steps = {"train_sampling_strategy": "sequential", "data": "ordered.json"}
+            steps |= {"gradient_accumulation_steps": 1}
+            cells[name] = str(recipe(bench, name, "lora", ENGINES[engine], **steps))
     for cell in group(bench, "train", bench.gpus, cells, 120):
         if "losses" in cell:
             cell["losses"] = [cell["losses"][0], cell["losses"][-1]]
@@ -110,7 +113,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=8.7)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--methods", nargs="+", default=["lora", "full"], help="of losses")
+    parser.add_argument("--methods", nargs="+", default=["lora", "full"])
+    parser.add_argument("--kills", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--folder", type=Path, help="for models and runs: 60 GB that are fast")
     parser.add_argument("--tiny", action="store_true", help="a toy model on CPUs")
     options = parser.parse_args()
@@ -121,8 +125,8 @@ def main() -> None:
     write_base(bench)
     parts = {
         "losses": lambda: losses(bench, options.methods),
-        "apart": lambda: apart(bench),
-        "kill": lambda: kill(bench),
+        "apart": lambda: apart(bench, options.methods),
+        "kill": lambda: kill(bench, options.kills),
         "speed": lambda: speed(bench),
         "full-speed": lambda: speed(bench, "full", ("zero3", "fsdp2")),
     }
