@@ -42,6 +42,11 @@ class Place:
             overrides=settings,
         )
 
+    def evaluation(self, steps: int) -> tuple[str, ...]:
+        """Settings: after so many steps five samples are evaluated, two at once by a process."""
+        how = ("trainer.eval_strategy=steps", f"trainer.eval_steps={steps}")
+        return (f"data.eval_files=[{self.odd}]", "trainer.per_device_eval_batch_size=2", *how)
+
 
 def make_place(folder: Path) -> Place:
     """Sixteen records: every second one has pictures, the others are text alone."""
@@ -75,3 +80,7 @@ def run_together(processes: int, recipes: Sequence[Recipe], folder: Path) -> str
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in RunDir(run).read_metrics() if "loss" in row]
+
+
+def eval_losses(run: Path) -> list[float]:
+    return [row["eval_loss"] for row in RunDir(run).read_metrics() if "eval_loss" in row]

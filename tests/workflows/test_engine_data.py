@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_place import Place, losses, make_place, run_together
+from engine_place import Place, eval_losses, losses, make_place, run_together
 from rich.console import Console
+from runs import weights
 from safetensors.torch import load_file
 
 from vltrain.config import Recipe
@@ -24,13 +25,13 @@ BY_FOUR = "trainer.gradient_accumulation_steps=4"
 BY_EIGHT = "trainer.gradient_accumulation_steps=8"
 STREAM = ("data.streaming=true", "data.shuffle_buffer=4")
 BEST = (  # the worst of the checkpoints, so that it is not the last
-    "data.eval_share=0.25",
     "trainer.save_steps=2",
     "trainer.max_steps=4",
     "trainer.load_best_model_at_end=true",
     "trainer.metric_for_best_model=eval_loss",
     "trainer.greater_is_better=true",
 )
+BEST_CELLS = ("lora-ddp", "lora-zero3", "full-ddp", "full-zero2", "full-zero3")
 EPOCHS = ("trainer.max_steps=-1", "trainer.num_train_epochs=2", BY_ONE)
 PACKED = ("data.packing=true", "data.max_length=200")
 BF16 = ("dtype=bf16", "trainer.max_steps=2", BY_ONE)
@@ -45,6 +46,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def mix_of(place: Place, samples: int) -> str:
     """So many of the sixteen records an epoch."""
     return f"data.mix=[{{file: {place.data}, samples: {samples}}}]"
+
+
+def best(place: Place, cell: str, *settings: str) -> Recipe:
+    """A run that evaluates, and goes back to its best checkpoint; `cell`: "method-engine"."""
+    return place.recipe(f"best-{cell}", cell[:4], *place.evaluation(2), *BEST, *settings)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +69,11 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
         place.recipe("mix", "lora", BY_TWO, mix_of(place, 12), "engine=ddp"),
         place.recipe("mix-epochs", "lora", *EPOCHS, mix_of(place, 13), "deepspeed=zero3"),
         place.recipe("packed-epochs", "lora", *EPOCHS, *PACKED, "engine=ddp"),
-        place.recipe("best", "lora", *BEST, BY_TWO, "engine=ddp"),
-        place.recipe("best-zero2", "lora", *BEST, BY_TWO, "deepspeed=zero2"),
-        place.recipe("best-zero3", "lora", *BEST, BY_TWO, "deepspeed=zero3"),
+        best(place, "lora-ddp", BY_TWO, "engine=ddp"),
+        best(place, "lora-zero3", BY_TWO, "deepspeed=zero3"),
+        best(place, "full-ddp", BY_TWO, "engine=ddp"),
+        best(place, "full-zero2", BY_TWO, "deepspeed=zero2"),
+        best(place, "full-zero3", BY_TWO, "deepspeed=zero3"),
         place.recipe("bf16-zero2", "lora", *BF16, "deepspeed=zero2"),
         place.recipe("bf16-zero3", "lora", *BF16, "deepspeed=zero3"),
     ]
@@ -76,7 +84,7 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
 def four(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Runs of four processes, in one start; what was shown."""
     runs = [
-        place.recipe("four-ddp", "lora", BY_ONE, "engine=ddp"),
+        place.recipe("four-ddp", "lora", BY_ONE, *place.evaluation(6), "engine=ddp"),
         place.recipe("four-zero2", "lora", BY_ONE, "deepspeed=zero2"),
     ]
     return run_together(4, runs, tmp_path_factory.mktemp("four"))
@@ -90,11 +98,12 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         return place.recipe(name, "lora", *settings)
 
     for recipe in (
-        alone("whole", BY_FOUR),
+        alone("whole", BY_FOUR, *place.evaluation(6)),
         alone("whole-eight", BY_EIGHT),
         alone("whole-stream", BY_FOUR, *STREAM),
         alone("whole-mix", BY_FOUR, mix_of(place, 12)),
-        alone("whole-best", BY_FOUR, *BEST),
+        best(place, "lora", BY_FOUR),
+        best(place, "full", BY_FOUR),
     ):
         train(recipe, Console(file=io.StringIO()))
     files = [
@@ -117,9 +126,7 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         ("stream", "whole-stream"),
         ("stream-zero3", "whole-stream"),
         ("mix", "whole-mix"),
-        ("best", "whole-best"),
-        ("best-zero2", "whole-best"),
-        ("best-zero3", "whole-best"),
+        *((f"best-{cell}", f"best-{cell[:4]}") for cell in BEST_CELLS),
     ],
 )
 def test_two_processes_lose_what_one_loses(place, one, two, name, reference):
@@ -136,6 +143,13 @@ def test_four_processes_lose_what_one_loses(place, one, four, engine):
 
     assert losses(run) == pytest.approx(losses(place.runs / "whole"), abs=1e-4)
     assert json.loads((run / "environment.json").read_text())["world_size"] == 4
+
+
+def test_four_processes_measure_what_one_measures(place, one, four):
+    together, alone = (eval_losses(place.runs / name) for name in ("four-ddp", "whole"))
+
+    assert len(together) == 1
+    assert together == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_originals_files_say_what_they_decide(place, two):
@@ -164,19 +178,27 @@ def test_epochs_of_packed_rows_end_alike_on_every_process(place, two):
     assert rows[-1]["epoch"] == pytest.approx(2)
 
 
-@pytest.mark.parametrize("name", ["best", "best-zero2", "best-zero3"])
-def test_the_best_checkpoint_of_several_processes_is_that_of_one(place, one, two, name):
-    measured = [
-        [row["eval_loss"] for row in RunDir(place.runs / run).read_metrics() if "eval_loss" in row]
-        for run in (name, "best")
-    ]
+@pytest.mark.parametrize("cell", BEST_CELLS)
+def test_two_processes_measure_what_one_measures(place, one, two, cell):
+    together, alone = (eval_losses(place.runs / f"best-{name}") for name in (cell, cell[:4]))
+
+    assert len(together) == 2
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("cell", BEST_CELLS)
+def test_the_best_checkpoint_of_two_processes_is_that_of_one(place, one, two, cell):
+    alone = place.runs / f"best-{cell[:4]}"
     ours, theirs, untaken = (
-        load_file(place.runs / run / "adapter_model.safetensors")
-        for run in (f"{name}/final", "whole-best/final", "whole-best/checkpoint-4")
+        weights(folder)
+        for folder in (
+            place.runs / f"best-{cell}" / "final",
+            alone / "final",
+            alone / "checkpoint-4",
+        )
     )
 
-    assert len(measured[0]) == 2
-    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
+    assert ours.keys() == theirs.keys() == untaken.keys()
     for tensor in ours:
         torch.testing.assert_close(ours[tensor], theirs[tensor], atol=1e-3, rtol=0)
     assert any((ours[name] - untaken[name]).abs().max() > 1e-3 for name in ours)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from engine_place import Place, losses, make_place, run_together
+from engine_place import Place, eval_losses, losses, make_place, run_together
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -48,7 +48,8 @@ def cells(place: Place) -> list[Recipe]:
     twice = "trainer.gradient_accumulation_steps=2"
     for name in ("zero2_offload", "zero3_offload"):
         made.append(place.recipe(f"{name}-lora", "lora", twice, f"deepspeed={name}"))
-    made.append(place.recipe("zero3-full-packed", "full", twice, *PACKED, *ENGINES["zero3"]))
+    packed = (*PACKED, *place.evaluation(2))
+    made.append(place.recipe("zero3-full-packed", "full", twice, *packed, *ENGINES["zero3"]))
     uneven = ("trainer.num_train_epochs=2", "trainer.max_steps=-1", IN_ORDER, *ENGINES["ddp"])
     by_one = "trainer.gradient_accumulation_steps=1"
     made.append(place.recipe("ddp-lora-uneven", "lora", by_one, *uneven, data=place.odd))
@@ -70,7 +71,8 @@ def one(place: Place) -> Place:
         apart = ("trainer.gradient_accumulation_steps=2", IN_ORDER)
         train(place.recipe(f"{method}-apart", method, *apart), quiet)
     whole = "trainer.gradient_accumulation_steps=4"
-    train(place.recipe("full-packed", "full", whole, *PACKED), Console(file=io.StringIO()))
+    packed = (*PACKED, *place.evaluation(2))
+    train(place.recipe("full-packed", "full", whole, *packed), Console(file=io.StringIO()))
     return place
 
 
@@ -103,11 +105,22 @@ def test_two_processes_lose_what_one_loses(place, one, two, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_of_all_processes_are_counted(place, one, two, name):
     counts = [
-        [row["learned_tokens"] for row in RunDir(place.runs / run).read_metrics()]
+        [
+            row["learned_tokens"]
+            for row in RunDir(place.runs / run).read_metrics()
+            if "learned_tokens" in row
+        ]
         for run in (name, reference(name))
     ]
 
     assert counts[0] == counts[1]
+
+
+def test_two_processes_that_pack_measure_what_one_measures(place, one, two):
+    together, alone = (eval_losses(place.runs / f"{e}full-packed") for e in ("zero3-", ""))
+
+    assert len(together) == 1
+    assert together == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,8 +15,8 @@ from torch import Tensor
 from vltrain.data.dataset import DROPPED
 from vltrain.data.encoding import IGNORE_INDEX
 
-_NOTHING: dict[str, Any] = {"input_ids": [0], "labels": [IGNORE_INDEX]}
-"""What a batch holds whose samples are all dropped: a token of any vocabulary, not learned."""
+NOTHING: dict[str, Any] = {"input_ids": [0], "labels": [IGNORE_INDEX]}
+"""A sample of which nothing is learned: a token of any vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _shown(
     dropped = [sample[DROPPED] for sample in samples if DROPPED in sample]
     if not dropped:
         return samples, {}
-    return [sample for sample in samples if DROPPED not in sample] or [_NOTHING], {DROPPED: dropped}
+    return [sample for sample in samples if DROPPED not in sample] or [NOTHING], {DROPPED: dropped}
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, filler: int) -> Tensor:

@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
-from vltrain.data.dataset import DROPPED
+from vltrain.data.dataset import DROPPED, SampleDataset
 from vltrain.data.encoding import IGNORE_INDEX
 from vltrain.data.mixing import Mix
 from vltrain.data.ordering import grouped_by_length
@@ -24,6 +25,7 @@ from vltrain.data.packing import PackedDataset
 from vltrain.data.streaming import SampleStream
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
+from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.learning_rates import split_groups
 from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.stopping import LeaveSignals
@@ -165,6 +167,7 @@ class Trainer(ResumableTrainer):
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
         self._told: set[str] = set()  # why samples were dropped
+        self._held_out = LossSum()  # of the evaluation that is going on
 
     def training_step(
         self,
@@ -230,23 +233,48 @@ class Trainer(ResumableTrainer):
         """A stream gives each process what is its own: `accelerate` would split that again."""
         if not isinstance(self.train_dataset, SampleStream):
             return super().get_train_dataloader()
+        return self._own_loader(self.train_dataset, self._train_batch_size, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: SampleDataset | None = None) -> DataLoader:
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = HeldOutShare(samples, self.args.process_index, self.args.world_size)
+        return self._own_loader(share, self.args.eval_batch_size, self._eval_collator)
+
+    def _own_loader(
+        self, dataset: Dataset, batch_size: int, collate: Callable[..., dict[str, Any]]
+    ) -> DataLoader:
+        """A loader of what is this process's alone."""
         return DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
+            dataset,
+            batch_size=batch_size,
+            collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=LeaveSignals(None),
         )
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        of_training = self.data_collator
-        self.data_collator = self._eval_collator  # the loader takes the collator of this moment
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = of_training
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[None, None, None]:
+        """Add a batch to the eval loss, which `transformers` would weigh by samples."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs, num_items_in_batch=1).loss  # the sum over learned tokens
+        self._held_out.add(loss, inputs["labels"])
+        return None, None, None
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As `transformers`; the loss is the mean over all learned tokens of all processes."""
+        self._held_out = LossSum()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = self._held_out.mean_of_all(self.accelerator)
+        samples = len(self.eval_dataset)
+        return output._replace(
+            metrics={**output.metrics, f"{metric_key_prefix}_loss": loss}, num_samples=samples
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._counts.places:
