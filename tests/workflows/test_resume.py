@@ -13,7 +13,7 @@ import pytest
 import torch
 from killing import Killer
 from safetensors.torch import load_file
-from tiny import write_conversations, write_qwen_vl
+from tiny import write_conversations, write_gptq, write_qwen_vl
 
 from vltrain.config import load_recipe, recipe_to_yaml
 from vltrain.training.checkpoints import checkpoint_fault, checkpoint_step, checkpoints
@@ -38,19 +38,28 @@ def killer() -> Iterator[Killer]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and data."""
+    """A folder with a plain base and one that GPTQ has packed, and data."""
     folder = tmp_path_factory.mktemp("resume")
-    return write_qwen_vl(folder / "base"), write_conversations(folder)
+    write_qwen_vl(folder / "plain")
+    write_gptq(folder / "packed")
+    return folder, write_conversations(folder)
 
 
 def write_recipe(made: tuple[Path, Path], out: Path, *settings: str, method: str = "lora") -> Path:
-    base, data = made
+    """The file of a recipe; method "qlora-packed" is Q-LoRA on the packed base."""
+    folder, data = made
+    method, _, base = method.partition("-")
     quick = ["trainer.gradient_accumulation_steps=2", "trainer.learning_rate=1e-2"]
     quick += ["trainer.report_to=none", "trainer.save_steps=2", "trainer.save_total_limit=2"]
-    if method == "lora":
+    if method != "full":
         quick.append("lora.r=4")
     recipe = load_recipe(
-        None, method=method, model=str(base), data=[data], output=out, overrides=[*quick, *settings]
+        None,
+        method=method,
+        model=str(folder / (base or "plain")),
+        data=[data],
+        output=out,
+        overrides=[*quick, *settings],
     )
     file = out.with_suffix(".yaml")
     file.write_text(recipe_to_yaml(recipe), encoding="utf-8")
@@ -97,6 +106,8 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         pytest.param("lora", ("data.streaming=true", *MIDWAY), 2, 1, id="lora-streamed"),
         pytest.param("full", WORKERS, 2, 1, id="full-padded-workers"),
         pytest.param("full", PACKED, 2, 1, id="full-packed"),
+        pytest.param("qlora", PACKED, 2, 1, id="qlora-nf4-packed-rows"),
+        pytest.param("qlora-packed", (), 2, 1, id="qlora-gptq-padded"),
         pytest.param("lora", MIDWAY, 2, 2, id="lora-padded-ddp"),
         pytest.param("full", PACKED, 2, 2, id="full-packed-ddp"),
         pytest.param("full", ("deepspeed=zero3", *MIDWAY), 2, 2, id="full-padded-zero3"),
