@@ -4,8 +4,8 @@ Dimension letters: `N` pictures, `S` the side of a preprocessed picture in pixel
 """
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
 from vltrain.errors import VltrainError
+from vltrain.models.hub import resolve_model
 from vltrain.models.qwen_vl.tokenization import (
     END_OF_TEXT,
     IMAGE_END,
@@ -32,6 +33,36 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PUBLISHED_IMAGE_TOKENS = 256  # a published config.json does not name the number
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+_PICTURE = re.compile(f"{IMAGE_START}(.*?){IMAGE_END}", re.DOTALL)
+
+CHAT_TEMPLATE = """\
+{%- set pictures = namespace(count=0) -%}
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+<|im_start|>system
+SYSTEM<|im_end|>
+{% endif -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set pictures.count = pictures.count + 1 -%}
+Picture {{ pictures.count }}: <img></img>
+{% elif part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}""".replace("SYSTEM", DEFAULT_SYSTEM)
+"""ChatML with numbered pictures, as the model was trained."""
 
 
 class QwenVLImageProcessor(BaseImageProcessor):
@@ -79,14 +110,109 @@ class QwenVLImageProcessor(BaseImageProcessor):
         return (channels - mean) / std
 
 
-@dataclass(frozen=True)
-class QwenVLProcessor:
+class QwenVLProcessor(ProcessorMixin):
     """Tokenizer, image processor and the layout's constants of one Qwen-VL checkpoint."""
 
-    tokenizer: QwenVLTokenizer
-    image_processor: QwenVLImageProcessor
-    n_queries: int = PUBLISHED_IMAGE_TOKENS  # image tokens that a picture becomes
-    default_system: str | None = "You are a helpful assistant."
+    def __init__(
+        self,
+        tokenizer: QwenVLTokenizer,
+        image_processor: QwenVLImageProcessor,
+        n_queries: int = PUBLISHED_IMAGE_TOKENS,
+        default_system: str | None = DEFAULT_SYSTEM,
+    ) -> None:
+        """Put the two together.
+
+        Args:
+            tokenizer: of the checkpoint.
+            image_processor: of the checkpoint.
+            n_queries: image tokens that a picture becomes.
+            default_system: what a conversation without a system turn begins with.
+        """
+        super().__init__(tokenizer, image_processor, chat_template=CHAT_TEMPLATE)
+        self.n_queries = n_queries
+        self.default_system = default_system
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_tensors: str | None = None,
+        padding: bool | str = False,
+        **others: Any,
+    ) -> BatchFeature:
+        """Inputs of the model for texts that the caller trusts: their control tokens are read.
+
+        What users wrote goes through `vltrain.chat` instead, where no text opens a turn.
+
+        Args:
+            images: the pictures of all texts in order, or a list of them for each text; opened
+                ones, paths or URLs.
+            text: one or more; each picture has its place as `<img></img>`, and what stands
+                between the tags does not count.
+            return_tensors: "pt", or None for lists.
+            padding: as tokenizers take it.
+            others: must be empty; a text is never cut, for a cut could go through a picture.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 [B, L], and with pictures `pixel_values`,
+            float32 [N, 3, S, S].
+
+        Raises:
+            TypeError: a keyword that has no meaning here.
+            ValueError: no text and no pictures, or texts have not as many places as there are
+                pictures.
+        """
+        if unknown := sorted(key for key, value in others.items() if value is not None):
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
+        pictures = _flat(images)
+        values: dict[str, Any] = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            places = sum(len(_PICTURE.findall(one)) for one in texts)
+            if places != len(pictures):
+                raise ValueError(f"text has {places} <img></img>, images has {len(pictures)}")
+            rows = {"input_ids": [self._trusted_ids(one) for one in texts]}
+            values |= self.tokenizer.pad(rows, padding=padding, return_attention_mask=True)
+        elif not pictures:
+            raise ValueError("give text, images or both")
+        if pictures:
+            opened = self.image_processor.fetch_images(pictures)
+            values |= self.image_processor(images=opened, return_tensors="pt")
+        return BatchFeature(values, tensor_type=return_tensors)
+
+    def _trusted_ids(self, text: str) -> list[int]:
+        """The ids of a text of which every special token is read, its pictures laid out."""
+        ids: list[int] = []
+        for number, piece in enumerate(_PICTURE.split(text)):  # by turns text and path
+            if number % 2:
+                ids += self.image_ids(piece)
+            else:
+                ids += self.tokenizer.text_ids(piece, split_special_tokens=False)
+        return ids
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `__call__` gives."""
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> "QwenVLProcessor":
+        """The processor of a folder, or of a name on the hub; what `AutoProcessor` calls.
+
+        Args:
+            pretrained_model_name_or_path: in the published layout, or in that of `transformers`.
+            options: `revision` is the hub's; others have no meaning here.
+
+        Raises:
+            VltrainError: as `resolve_model` and `processor_from_folder`.
+        """
+        name, revision = str(pretrained_model_name_or_path), options.get("revision")
+        if revision is not None and not Path(name).is_dir():
+            name = f"{name}@{revision}"
+        return processor_from_folder(resolve_model(name, weights=False).path)
 
     @property
     def picture_side(self) -> int:
@@ -138,13 +264,24 @@ class QwenVLProcessor:
         start, pad, end = self.tokenizer.convert_tokens_to_ids(list(marks))
         return [start, *[pad] * self.n_queries, end]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the vocabulary and its config; the rest stands in the model's config.json."""
-        self.tokenizer.save_pretrained(folder)
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write vocabulary, tokenizer and image processor; the rest stands in the config.json of
+        the model, which its own `save_pretrained` writes."""
+        self.tokenizer.save_pretrained(save_directory)
+        self.image_processor.save_pretrained(save_directory)
+
+
+def _flat(images: Any) -> list[Any]:
+    """One picture, a list of them, or lists of them for each text, as one list."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return [picture for one in images for picture in _flat(one)]
+    return [images]
 
 
 def processor_from_folder(folder: Path) -> QwenVLProcessor:
-    """The processor of a checkpoint in the published layout.
+    """The processor of a checkpoint in the published layout, or in that of `transformers`.
 
     `config.json` is read as plain JSON: its `auto_map` would make the Auto classes ask
     whether to run the folder's own code.

@@ -61,12 +61,7 @@ PIECES = (
     r"|\s+"
 )
 
-# The layout that the original code reads, so that a folder saved here works there.
-PUBLISHED_TOKENIZER_CONFIG = {
-    "model_max_length": 8192,
-    "tokenizer_class": "QWenTokenizer",
-    "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
-}
+TOKENIZER_CONFIG = {"model_max_length": 8192, "tokenizer_class": "QwenVLTokenizer"}
 
 _NO_TOKEN = b"\xff"  # never part of UTF-8: an id without a token decodes to U+FFFD
 
@@ -246,11 +241,14 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         return (str(target),)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> tuple[str, ...]:
-        """Write `qwen.tiktoken` and `tokenizer_config.json` in the published layout."""
+        """Write `qwen.tiktoken` and `tokenizer_config.json`, as `AutoTokenizer` reads them.
+
+        The published layout is written by `vltrain export`.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "tokenizer_config.json"
-        config.write_text(json.dumps(PUBLISHED_TOKENIZER_CONFIG, indent=2) + "\n")
+        config.write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
         return (str(config), *self.save_vocabulary(folder))
 
 
