@@ -11,6 +11,7 @@ import vltrain.workflows.chat
 import vltrain.workflows.convert
 import vltrain.workflows.demo
 import vltrain.workflows.estimate
+import vltrain.workflows.export
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
 import vltrain.workflows.preview
@@ -29,6 +30,7 @@ COMMANDS = (
     "lora",
     "qlora",
     "merge",
+    "export",
     "chat",
     "check",
     "preview",
@@ -50,6 +52,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     for module, name in (
         (vltrain.workflows.train, "train"),
         (vltrain.workflows.merge, "merge"),
+        (vltrain.workflows.export, "export"),
         (vltrain.workflows.chat, "answer_file"),
         (vltrain.workflows.inspect, "check"),
         (vltrain.workflows.convert, "convert_coco_file"),
@@ -179,6 +182,14 @@ def test_training_gets_the_recipe_of_file_flags_and_overrides(
     )
     assert code == 0
     assert called == [("train", (expected,), {})]
+
+
+def test_export_gets_model_out_and_layout(called: list[tuple]):
+    type_in("export", "runs/a", "out", "--to", "original", "--max-shard-size", "500MB")
+
+    assert called == [
+        ("export", ("runs/a", Path("out"), "original"), {"max_shard_size": "500MB"}),
+    ]
 
 
 def test_merge_gets_adapter_out_and_base(called: list[tuple]):

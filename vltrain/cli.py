@@ -13,6 +13,7 @@ import typer
 from vltrain import __version__
 from vltrain.commands.chat import chat
 from vltrain.commands.convert import app as convert
+from vltrain.commands.export import export
 from vltrain.commands.options import (
     AllowUrls,
     Data,
@@ -262,6 +263,7 @@ def verify(
     raise typer.Exit(verify_model(model, answer=answer, as_json=as_json))
 
 
+app.command()(export)
 app.command()(chat)
 
 

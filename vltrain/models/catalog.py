@@ -1,12 +1,12 @@
 """The model families, and the lookup by what a checkpoint's `config.json` says."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from vltrain.errors import VltrainError
+from vltrain.models.checkpoint_json import read_json
 from vltrain.models.family import Family, Parts
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
+from vltrain.models.qwen_vl.layouts import original_layout, transformers_layout
 from vltrain.models.qwen_vl.modeling import QwenVLForConditionalGeneration
 from vltrain.models.qwen_vl.processing import processor_from_folder
 
@@ -32,34 +32,12 @@ QWEN_VL = Family(
     constants=("transformer.visual.attn_pool.pos_embed",),
     see_always=QwenVLForConditionalGeneration.see_always,
     read_sizes=QwenVLConfig.model_sizes,
+    layouts={"original": original_layout, "transformers": transformers_layout},
 )
 
 FAMILIES = (QWEN_VL,)
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
-
-    Raises:
-        VltrainError: the file is missing, broken or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VltrainError.at(
-            str(path),
-            what="there is no such file",
-            fix="give the folder of a whole checkpoint: config.json, weights, tokenizer",
-        ) from None
-    except ValueError as error:
-        raise VltrainError.at(
-            str(path), what=f"not valid JSON ({error})", fix="download the file again"
-        ) from error
-    if not isinstance(values, dict):
-        raise VltrainError.at(str(path), what="holds no JSON object", fix="download the file again")
-    return values
 
 
 def family_of(folder: Path) -> Family:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vltrain.models.layout import LayoutOf
 from vltrain.models.sizes import ModelSizes
 
 Part = Literal["vision", "projector", "language"]
@@ -61,6 +62,7 @@ class Family:
     see_always: Callable[[PreTrainedModel], None]
     # Shapes that memory is computed from; it takes what `read_config` gives.
     read_sizes: Callable[[Any], ModelSizes]
+    layouts: Mapping[str, LayoutOf]  # that `vltrain export` writes, by their names
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a merge or an export wrote, beside it: `merge.json`, with a hash of every file."""
+"""What a merge or an export wrote, beside it: a report with a hash of every file."""
 
 import hashlib
 import json
@@ -8,40 +8,44 @@ from typing import Any
 
 from vltrain.models.catalog import read_json
 
-REPORT_FILE = "merge.json"
+MERGE_REPORT, EXPORT_REPORT = "merge.json", "export.json"
+REPORT_FILES = (MERGE_REPORT, EXPORT_REPORT)
 
 
 def file_list(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of each file of a folder, but for the report itself."""
+    """Bytes and SHA-256 of each file of a folder, but for reports."""
     listed = {}
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != REPORT_FILE:
+        if file.is_file() and file.name not in REPORT_FILES:
             listed[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     return listed
 
 
-def write_report(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write a report into a folder."""
+def write_report(folder: Path, values: Mapping[str, Any], name: str) -> None:
+    """Write a report into a folder, under one of the names of `REPORT_FILES`."""
     text = json.dumps(dict(values), indent=2, ensure_ascii=False)
-    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def list_faults(folder: Path) -> dict[str, str]:
-    """The files that are not as the report's list has them, and in what; {} without a report."""
-    if not (folder / REPORT_FILE).is_file():
-        return {}
+    """The files that are not as a report's list has them, and in what; {} without a report."""
     faults = {}
-    for name, listed in read_json(folder / REPORT_FILE)["files"].items():
-        file = folder / name
-        if not file.is_file():
-            faults[name] = f"is named in {REPORT_FILE} and not there"
-        elif file.stat().st_size != listed["bytes"]:
-            faults[name] = f"has {file.stat().st_size:,} bytes; {listed['bytes']:,} were written"
-        elif _sha256(file) != listed["sha256"]:
-            faults[name] = (
-                f"has changed since it was written: its hash is not that of {REPORT_FILE}"
-            )
+    for report in REPORT_FILES:
+        listed = read_json(folder / report)["files"] if (folder / report).is_file() else {}
+        for name, state in listed.items():
+            if fault := _fault(folder / name, state, report):
+                faults[name] = fault
     return faults
+
+
+def _fault(file: Path, state: Mapping[str, Any], report: str) -> str | None:
+    if not file.is_file():
+        return f"is named in {report} and not there"
+    if file.stat().st_size != state["bytes"]:
+        return f"has {file.stat().st_size:,} bytes; {state['bytes']:,} were written"
+    if _sha256(file) != state["sha256"]:
+        return f"has changed since it was written: its hash is not that of {report}"
+    return None
 
 
 def _sha256(file: Path) -> str:

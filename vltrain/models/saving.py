@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vltrain.models.catalog import read_json
 from vltrain.models.gptq import SETTINGS_FILE
-from vltrain.models.manifest import REPORT_FILE
+from vltrain.models.manifest import REPORT_FILES
 from vltrain.models.quantization import Nf4
 
 ORIGIN_FILE = "vltrain.json"
@@ -84,7 +84,7 @@ def companions(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.is_file()
         and not file.name.endswith(WEIGHT_SUFFIXES)
-        and file.name not in (ORIGIN_FILE, REPORT_FILE)
+        and file.name not in (ORIGIN_FILE, *REPORT_FILES)
     )
 
 
@@ -120,18 +120,24 @@ def copy_companions(base: Path, dtype: torch.dtype, out: Path) -> None:
 
 
 def save_shards(
-    shapes: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], out: Path
+    shapes: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    out: Path,
+    max_shard_bytes: int | None = None,
 ) -> None:
-    """Write tensors in safetensors shards of 2 GB, no more than one shard in memory.
+    """Write tensors in safetensors shards, no more than one shard in memory.
 
     Args:
         shapes: what will be written, on the device `meta`.
         read: gives a tensor by its name, on the CPU and contiguous.
         out: an existing folder to write into.
+        max_shard_bytes: of a file, unless one tensor alone is larger; default `MAX_SHARD`.
     """
-    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=MAX_SHARD)
+    limit = MAX_SHARD if max_shard_bytes is None else max_shard_bytes
+    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=limit)
     for filename, names in split.filename_to_tensors.items():
         save_file({n: read(n) for n in names}, out / filename, metadata={"format": "pt"})
+        (out / filename).chmod(out.stat().st_mode & 0o666)  # `save_file` lets its owner alone read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -15,7 +15,7 @@ from vltrain.models.adapted import find_base, read_origin
 from vltrain.models.gptq import is_packed
 from vltrain.models.hub import ResolvedModel
 from vltrain.models.loading import load_processor
-from vltrain.models.manifest import file_list, write_report
+from vltrain.models.manifest import MERGE_REPORT, file_list, write_report
 from vltrain.models.merging import MergedWeights, refuse_unfit, saved_adapter
 from vltrain.models.plain_weights import plain_weights
 from vltrain.models.quantization import Nf4
@@ -33,7 +33,7 @@ from vltrain.workflows.proof import (
 )
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.reload import probe_inputs, probe_logits, reload_in_a_fresh_process
-from vltrain.workflows.whole_folder import refuse_existing, whole_folder
+from vltrain.workflows.whole_folder import refuse_existing, refuse_small_disk, whole_folder
 
 Into = Literal["auto", "base", "dequantized"]
 
@@ -94,8 +94,9 @@ def merge(
         low_memory: prove it tensor by tensor, with a shard in memory and never a model.
 
     Raises:
-        VltrainError: `out` exists, an adapter is not whole or of another base, it changes
-            nothing, or the merged weights answer otherwise than base + adapters.
+        VltrainError: `out` exists or the disk is too small for it, an adapter is not whole or of
+            another base, it changes nothing, or the merged weights answer otherwise than base +
+            adapters.
     """
     console = console or Console()
     hide_weight_bars()
@@ -104,15 +105,17 @@ def merge(
     plan = plan_merge([(adapter, 1.0), *others], base, into)
     names = " + ".join(str(folder) for folder in plan.folders)
     console.print(f"merging {names} into {_described(plan)}", soft_wrap=True)
+    shapes = plan.merged.shapes()
+    refuse_small_disk(out, sum(shape.nbytes for shape in shapes.values()))
     expected = None if low_memory else logits_before(plan)
     with whole_folder(out) as draft:
         dtype = plan.merged.base.dtype
         copy_companions(plan.base.path, dtype, draft)
-        save_shards(plan.merged.shapes(), plan.merged.read, draft)
+        save_shards(shapes, plan.merged.read, draft)
         if not plan.merged.changed:
             raise nothing_changed(adapter, dtype)
         report = description(plan) | {"files": file_list(draft)}
-        write_report(draft, report)
+        write_report(draft, report, MERGE_REPORT)
         console.print("reading the merged weights back in a fresh process")
         if expected is None:
             reload_in_a_fresh_process(draft, None)
@@ -135,7 +138,7 @@ def merge(
             proof = proof_by("logits", difference, plan.tolerance)
             if expected.trained is not None:
                 proof["from_the_model_in_4_bits"] = distance(found, expected.trained)
-        write_report(draft, report | {"proof": proof})
+        write_report(draft, report | {"proof": proof}, MERGE_REPORT)
     tell(console, out, proof, dtype)
 
 

@@ -18,6 +18,18 @@ def refuse_existing(out: Path) -> None:
         )
 
 
+def refuse_small_disk(out: Path, needed_bytes: int) -> None:
+    """Raise VltrainError where a folder of so many bytes does not fit on its disk."""
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed_bytes > free:
+        raise VltrainError.at(
+            str(out),
+            what=f"needs {needed_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there",
+            fix="make space, or name a folder on another disk",
+        )
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` when the block ends without error.
