@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,3 +64,67 @@ def test_a_process_of_a_run_dies_with_its_launcher_though_its_session_is_its_own
     if survived:
         os.kill(worker, signal.SIGKILL)
     assert survived == (not said)  # one that torchrun did not start lives as long as it likes
+
+
+MEMBER = """
+import sys, time
+from vltrain.training import processes
+processes.PATIENCE_SECONDS, processes.WATCH_SECONDS = 0.2, 0.05
+processes.watch_others()
+print("ready", flush=True)
+if sys.argv[1] == "fails":
+    sys.stdin.readline()
+    processes.end_after_failure("error: here", code=int(sys.argv[2]))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run_of_two(tmp_path: Path):
+    """The store of a run, and what starts its processes by their rank."""
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    members = []
+
+    def start(rank: int, *words: str) -> subprocess.Popen[str]:
+        said = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port)}
+        said |= {"VLTRAIN_EXIT_CODE_FILE": str(tmp_path / f"told{rank}")}
+        member = subprocess.Popen(
+            [sys.executable, "-c", MEMBER, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **said},
+        )
+        members.append(member)
+        assert member.stdout.readline() == "ready\n"
+        return member
+
+    yield start
+    for member in members:
+        member.kill()
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_ends_with_the_one_that_fails_and_by_its_code(
+    run_of_two, tmp_path: Path
+):
+    waiting, failing = run_of_two(0, "waits"), run_of_two(1, "fails", "3")
+
+    said = failing.communicate("go on\n", timeout=30)[1]
+
+    assert failing.returncode == 3
+    assert said.endswith("error: here\nexit code 3\n")
+    assert waiting.communicate(timeout=30)[1] == ""
+    assert waiting.returncode == 3
+    assert [(tmp_path / f"told{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_after_another_has_its_code_and_is_silent(run_of_two):
+    first, second = run_of_two(0, "fails", "4"), run_of_two(1, "fails", "1")
+
+    assert first.communicate("go on\n", timeout=30)[1] == "error: here\nexit code 4\n"
+    assert second.communicate("go on\n", timeout=30)[1] == ""
+    assert (first.returncode, second.returncode) == (4, 4)

@@ -11,10 +11,14 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 FAILURE_KEY = "vltrain/failed"  # in the store that torchrun keeps for the processes of a run
 PATIENCE_SECONDS = 20.0  # torchrun ends the others of a machine within one
+WATCH_SECONDS = 1.0  # between two looks at whether another process has failed
 EXIT_CODE_FILE = "VLTRAIN_EXIT_CODE_FILE"  # where `vltrain --gpus` wants to be told the exit code
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: which signal a parent's death sends
 
@@ -87,35 +91,85 @@ def end_after_failure(
     Args:
         message: what to say on stderr; the exit code follows on a line of its own, for torchrun's
             is 1 whatever happened.
-        code: the exit code.
+        code: the exit code; of the others that of the first to fail.
         patience_seconds: how long the others wait for torchrun to end them.
     """
     sys.stdout.flush()
-    if _fails_first():
+    store = run_store()
+    first = is_first() if store is None else store.add(_failure_key(), 1) == 1
+    if first:
+        if store is not None:
+            store.set(_failure_key("/code"), str(code))
         _tell_torchrun(message)
-        if EXIT_CODE_FILE in os.environ:
-            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code), encoding="utf-8")
+        _tell_launcher(code)
         print(f"{message}\nexit code {code}", file=sys.stderr, flush=True)
     else:
+        code = _code_of_run(store, code)
+        _tell_launcher(code)
         time.sleep(patience_seconds)
     os._exit(code)
 
 
-def _fails_first() -> bool:
-    """Whether no other process of the run has failed before."""
+def watch_others() -> None:
+    """End this process of a run where another has failed, though it waits for that one.
+
+    A collective operation on GPUs notices the loss of a process late or never. torchrun sees to
+    the processes of its own machine, half a minute later where they do not heed it.
+    """
+    store = run_store()
+    if store is not None and process_count() > 1:
+        threading.Thread(target=_end_with_others, args=(store,), daemon=True).start()
+
+
+def _end_with_others(store: "TCPStore") -> None:
+    from torch.distributed import DistError
+
+    try:
+        while not store.check([_failure_key()]):
+            time.sleep(WATCH_SECONDS)
+    except (DistError, RuntimeError):
+        code = 1  # the launcher that keeps the store is gone
+    else:
+        code = _code_of_run(store, 1)
+    time.sleep(PATIENCE_SECONDS / 2)  # those that can end in order
+    _tell_launcher(code)
+    os._exit(code)
+
+
+def run_store() -> "TCPStore | None":
+    """The store that torchrun keeps for the processes of a run; None where it keeps none."""
     from torch.distributed import DistError, TCPStore
 
     try:
-        store = TCPStore(
+        return TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=5),
         )
-        return store.add(f"{FAILURE_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except (DistError, KeyError, RuntimeError):  # torchrun is gone, or keeps no store
-        return is_first()
+    except (DistError, KeyError, RuntimeError):
+        return None
+
+
+def _failure_key(end: str = "") -> str:
+    return f"{FAILURE_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}{end}"
+
+
+def _code_of_run(store: "TCPStore | None", code: int) -> int:
+    """The exit code of the process that failed first; `code` where it cannot be learned."""
+    from torch.distributed import DistError
+
+    try:
+        return code if store is None else int(store.get(_failure_key("/code")))
+    except (DistError, RuntimeError):
+        return code
+
+
+def _tell_launcher(code: int) -> None:
+    """Leave the exit code where `vltrain --gpus` looks for it when it is stopped itself."""
+    if EXIT_CODE_FILE in os.environ:
+        Path(os.environ[EXIT_CODE_FILE]).write_text(str(code), encoding="utf-8")
 
 
 def _tell_torchrun(message: str) -> None:
