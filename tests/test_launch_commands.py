@@ -34,9 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     calls: list[object] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(vltrain.workflows.train, "train", calls.append)
-    monkeypatch.setattr(
-        vltrain.training.launch, "launch", lambda count, words: calls.append((count, words)) or 0
-    )
+    monkeypatch.setattr(vltrain.training.launch, "launch", lambda *told: calls.append(told) or 0)
     monkeypatch.chdir(ROOT)
     return calls
 
@@ -68,7 +66,7 @@ def test_a_command_starts_a_run(words, started, monkeypatch):
     assert done.exit_code == 0, done.output
     (call,) = started
     if not isinstance(call, Recipe):
-        processes, passed = call
+        processes, passed, _ = call
         assert processes == 8
         assert passed == [word for word in words[1:] if word not in ("--gpus", "8")]
 

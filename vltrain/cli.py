@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,27 +19,22 @@ from vltrain.commands.options import (
     Data,
     DataFiles,
     DataFormat,
-    Gpus,
     ImageRoot,
     Labels,
     Model,
-    Output,
     Overrides,
     RecipePath,
     pictures_option,
 )
+from vltrain.commands.train import METHODS, TORCHRUN_SPELLING, TrainCommand, training_command
 from vltrain.errors import Stopped, VltrainError
 from vltrain.training.processes import (
     end_after_failure,
     is_first,
-    leave_group,
     started_by_torchrun,
     tie_to_launcher,
 )
 from vltrain.workflows.quiet import quiet_loggers
-
-if TYPE_CHECKING:
-    from vltrain.config import Method
 
 app = typer.Typer(
     name="vltrain",
@@ -56,6 +51,8 @@ def main() -> None:
     # Threads that wait for work give their core away; spinning, they make a tiny model on two busy
     # cores several times slower. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where a machine is lost, its peers would print a stack of C++ for each message they miss.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_loggers()
     tie_to_launcher()
@@ -95,86 +92,10 @@ def root(
     """Fine-tune vision-language models on your own pictures, conversations and boxes."""
 
 
-@app.command()
-def full(
-    recipe: RecipePath = None,
-    model: Model = None,
-    data: Data = None,
-    output: Output = None,
-    gpus: Gpus = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train a model's own weights.
-
-    All but the vision tower learns, unless the recipe says otherwise.
-    """
-    _train("full", recipe, model, data, output, gpus, overrides)
-
-
-@app.command()
-def lora(
-    recipe: RecipePath = None,
-    model: Model = None,
-    data: Data = None,
-    output: Output = None,
-    gpus: Gpus = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train low-rank adapters on a frozen base."""
-    _train("lora", recipe, model, data, output, gpus, overrides)
-
-
-@app.command()
-def qlora(
-    recipe: RecipePath = None,
-    model: Model = None,
-    data: Data = None,
-    output: Output = None,
-    gpus: Gpus = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train low-rank adapters on a base held in 4 bits.
-
-    A bf16 base is quantized while it is read; one that GPTQ has packed is taken as it is.
-    """
-    _train("qlora", recipe, model, data, output, gpus, overrides)
-
-
-def _train(
-    method: "Method",
-    recipe: Path | None,
-    model: str | None,
-    data: list[Path] | None,
-    output: Path | None,
-    gpus: int | None,
-    overrides: list[str] | None,
-) -> None:
-    from vltrain.config import load_recipe
-
-    loaded = load_recipe(
-        recipe,
-        method=method,
-        model=model,
-        data=data or (),
-        output=output,
-        overrides=overrides or (),
+for method in METHODS:
+    app.command(method, cls=TrainCommand, context_settings=TORCHRUN_SPELLING)(
+        training_command(method)
     )
-    if gpus is not None:
-        from vltrain.training.launch import refuse_wrong_count
-
-        refuse_wrong_count(gpus)
-    if not started_by_torchrun() and ((gpus or 1) > 1 or loaded.needs_processes):
-        from vltrain.training.launch import launch
-
-        words = [method, *([] if recipe is None else [str(recipe)])]
-        flags = [("--model", model), *(("--data", file) for file in data or ())]
-        flags += [("--output", output), *(("--set", text) for text in overrides or ())]
-        words += [word for flag, value in flags if value is not None for word in (flag, str(value))]
-        raise typer.Exit(launch(gpus or 1, words))
-    from vltrain.workflows.train import train
-
-    train(loaded)
-    leave_group()
 
 
 @app.command()

@@ -19,6 +19,10 @@ from vltrain.training.run_dir import RunDir
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 LAUNCH = "import sys; from vltrain.training.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
+LAUNCH_ONE = (
+    "import sys; from vltrain.training.launch import launch; "
+    "from vltrain.training.machines import Machines"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +49,43 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in RunDir(run).read_metrics() if "loss" in row]
 
 
-def test_a_broken_picture_of_one_process_ends_all_of_them_with_one_error(base, tmp_path):
+def test_a_broken_picture_of_the_last_of_four_processes_ends_all_with_one_error(base, tmp_path):
     data = write_conversations(tmp_path)
     records = json.loads(data.read_text())
-    data.write_text(json.dumps([*records, records[0], records[1]]))
-    picture = tmp_path / "images" / "green.png"  # the second record's: process 1 opens it
-    raw = bytearray(picture.read_bytes())
+    lone = {**records[1], "id": "lone"}
+    lone["conversations"] = json.loads(
+        json.dumps(records[1]["conversations"]).replace("green.png", "lone.png")
+    )
+    data.write_text(json.dumps([*records[:3], lone, *records[:3], records[0]]))
+    raw = bytearray((tmp_path / "images" / "green.png").read_bytes())
     middle = raw.index(b"IDAT") + 20
     raw[middle : middle + 12] = bytes(12)  # header and end stay whole, so no check finds it
-    picture.write_bytes(raw)
+    (tmp_path / "images" / "lone.png").write_bytes(raw)  # the fourth record's: process 3 opens it
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "vltrain"]
 
-    done = start_group(2, "-m", "vltrain", *words(base, data, tmp_path / "run"))
+    process = subprocess.Popen(
+        [*command, *words(base, data, tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=group_environment(),
+    )
+    said, named = [], None
+    for line in process.stderr:
+        said.append(line)
+        if named is None and line.startswith("error: train.json#3"):
+            named = time.monotonic()
+    process.wait(60)
+    ended = time.monotonic()
 
-    assert done.returncode == 1
-    assert done.stderr.count("error: train.json#1") == 1
-    ours = done.stderr.partition("Traceback")[0]  # torchrun's report of it follows
-    assert "green.png" in ours
-    assert "[rank" not in done.stderr  # where torch says that a process misses another
+    text = "".join(said)
+    assert process.returncode == 1
+    assert named is not None, text
+    assert ended - named < 30
+    assert text.count("error: train.json#3") == 1
+    ours = text.partition("Traceback")[0]  # torchrun's report of it follows
+    assert "lone.png" in ours
+    assert "[rank" not in text  # where torch says that a process misses another
+    assert "exitcode  : 1 " in text  # what torchrun says of the process itself
 
 
 def test_what_is_wrong_for_all_is_said_once(base, tmp_path):
@@ -123,7 +147,7 @@ def test_a_usage_errors_exit_code_passes_through_the_launcher(tmp_path):
     assert done.returncode == 2
 
 
-def test_two_machines_meet_at_an_address_and_make_one_run(base, tmp_path):
+def test_torchrun_and_the_launcher_meet_as_two_machines_of_one_run(base, tmp_path):
     data = write_conversations(tmp_path)
     recipe = load_recipe(
         None,
@@ -137,19 +161,20 @@ def test_two_machines_meet_at_an_address_and_make_one_run(base, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test", "--rdzv-backend=c10d"]
-    meeting.append(f"--rdzv-endpoint=127.0.0.1:{port}")
-    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "vltrain", "lora"]
+    meeting = {"nnodes": "2", "rdzv_id": "test", "rdzv_endpoint": f"127.0.0.1:{port}"}
+    flags = [f"--{name}={value}" for name, value in meeting.items()]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=1", "--rdzv-backend=c10d", *flags]
+    launcher = f"{LAUNCH_ONE}; sys.exit(launch(1, sys.argv[1:], Machines(**{meeting})))"
 
     machines = [
         subprocess.Popen(
-            [*command, str(tmp_path / "recipe.yaml")],
+            [sys.executable, *command, "lora", str(tmp_path / "recipe.yaml")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=group_environment(),
         )
-        for _ in range(2)
+        for command in ([*torchrun, "-m", "vltrain"], ["-c", launcher])
     ]
     said = [machine.communicate(timeout=200) for machine in machines]
 

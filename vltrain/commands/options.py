@@ -47,8 +47,8 @@ Gpus = Annotated[
     typer.Option(
         "--gpus",
         min=1,
-        help="How many GPUs of this machine to train on. Default: one. For several machines, or "
-        "processes on a CPU, call torchrun -m vltrain in its place.",
+        help="How many GPUs of this machine to train on. Default: one. For processes on a CPU "
+        "call torchrun -m vltrain in its place.",
     ),
 ]
 Overrides = Annotated[

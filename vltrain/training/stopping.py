@@ -38,9 +38,13 @@ class StopSignals:
             yield
             return
         before = {number: signal.signal(number, self._receive) for number in WATCHED}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
+            # One that came while it was blocked, as `vltrain --gpus` has it, arrives here.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
