@@ -75,6 +75,10 @@ print("ready", flush=True)
 if sys.argv[1] == "fails":
     sys.stdin.readline()
     processes.end_after_failure("error: here", code=int(sys.argv[2]))
+if sys.argv[1] == "leaves":
+    sys.stdin.readline()
+    processes.leave_group()
+    sys.exit()
 time.sleep(60)
 """
 
@@ -86,7 +90,8 @@ def run_of_two(tmp_path: Path):
     members = []
 
     def start(rank: int, *words: str) -> subprocess.Popen[str]:
-        said = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        said = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        said |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
         said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port)}
         said |= {"VLTRAIN_EXIT_CODE_FILE": str(tmp_path / f"told{rank}")}
         member = subprocess.Popen(
@@ -128,3 +133,24 @@ def test_a_process_that_fails_after_another_has_its_code_and_is_silent(run_of_tw
     assert first.communicate("go on\n", timeout=30)[1] == "error: here\nexit code 4\n"
     assert second.communicate("go on\n", timeout=30)[1] == ""
     assert (first.returncode, second.returncode) == (4, 4)
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_a_killed_one_ends_too(run_of_two):
+    waiting, killed = run_of_two(0, "waits"), run_of_two(1, "waits")
+
+    killed.kill()
+    killed.wait()
+
+    assert waiting.communicate(timeout=30)[1] == ""  # of its own machine's the launcher tells
+    assert waiting.returncode == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_has_left_in_order_is_not_missed(run_of_two):
+    waiting, leaving = run_of_two(0, "waits"), run_of_two(1, "leaves")
+
+    leaving.communicate("go on\n", timeout=30)
+    assert leaving.returncode == 0
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(timeout=3)

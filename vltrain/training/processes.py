@@ -20,6 +20,7 @@ FAILURE_KEY = "vltrain/failed"  # in the store that torchrun keeps for the proce
 PATIENCE_SECONDS = 20.0  # torchrun ends the others of a machine within one
 WATCH_SECONDS = 1.0  # between two looks at whether another process has failed
 EXIT_CODE_FILE = "VLTRAIN_EXIT_CODE_FILE"  # where `vltrain --gpus` wants to be told the exit code
+_PARTED = threading.Event()  # set when this process has left the run in order
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: which signal a parent's death sends
 
 
@@ -74,6 +75,10 @@ def leave_group() -> None:
         return
     from torch import distributed
 
+    store = run_store() if process_count() > 1 else None
+    if store is not None:
+        store.set(_left_key(_rank()), "")
+    _PARTED.set()
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -111,29 +116,89 @@ def end_after_failure(
 
 
 def watch_others() -> None:
-    """End this process of a run where another has failed, though it waits for that one.
+    """End this process of a run where another has failed or died, though it waits for that one.
 
     A collective operation on GPUs notices the loss of a process late or never. torchrun sees to
     the processes of its own machine, half a minute later where they do not heed it.
     """
     store = run_store()
     if store is not None and process_count() > 1:
+        store.set(_pid_key(_rank()), str(os.getpid()))
         threading.Thread(target=_end_with_others, args=(store,), daemon=True).start()
 
 
 def _end_with_others(store: "TCPStore") -> None:
     from torch.distributed import DistError
 
+    pids: dict[int, int] = {}
     try:
         while not store.check([_failure_key()]):
-            time.sleep(WATCH_SECONDS)
+            if _PARTED.wait(WATCH_SECONDS):
+                return
+            dead = _dead_neighbour(store, pids)
+            if dead is not None and store.add(_failure_key(), 1) == 1:
+                store.set(_failure_key("/dead"), f"{os.environ.get('GROUP_RANK')}:{dead}")
+                store.set(_failure_key("/code"), "1")
+        code = _code_of_run(store, 1)
+        _say_who_died(store)
     except (DistError, RuntimeError):
         code = 1  # the launcher that keeps the store is gone
-    else:
-        code = _code_of_run(store, 1)
-    time.sleep(PATIENCE_SECONDS / 2)  # those that can end in order
+    if _PARTED.wait(PATIENCE_SECONDS / 2):  # those that can end in order
+        return
     _tell_launcher(code)
     os._exit(code)
+
+
+def _dead_neighbour(store: "TCPStore", pids: dict[int, int]) -> int | None:
+    """The rank of a process of this machine that is gone without a word; None where none is.
+
+    Args:
+        store: of the run.
+        pids: of this machine's processes by rank, as far as they are known; more are added.
+    """
+    first = _rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    for rank in range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        if rank not in pids and store.check([_pid_key(rank)]):
+            pids[rank] = int(store.get(_pid_key(rank)))
+        # It may have left, or failed aloud, in between: that is asked last.
+        if rank in pids and not _is_alive(pids[rank]) and not store.check([_left_key(rank)]):
+            return rank
+    return None
+
+
+def _is_alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _say_who_died(store: "TCPStore") -> None:
+    """Name a process of another machine that died; of its own machine's the launcher tells."""
+    if not store.check([_failure_key("/dead")]) or os.environ.get("LOCAL_RANK") != "0":
+        return
+    machine, _, rank = store.get(_failure_key("/dead")).decode().partition(":")
+    if machine != os.environ.get("GROUP_RANK"):
+        print(
+            f"error: process {rank} of {process_count()} died on machine {machine}, and the run "
+            "with it\n  fix: start the same command again on all machines; it resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def _pid_key(rank: int) -> str:
+    return _failure_key(f"/pid/{rank}")
+
+
+def _left_key(rank: int) -> str:
+    return _failure_key(f"/left/{rank}")
 
 
 def run_store() -> "TCPStore | None":
