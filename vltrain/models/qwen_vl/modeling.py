@@ -159,6 +159,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
 
     @torch.no_grad()
@@ -204,12 +205,16 @@ class QwenVLModel(QwenVLPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, *, said: bool = False
+    ) -> Tensor:
         """Token embeddings with the image tokens of the pictures over `<imgpad>`.
 
         Args:
             input_ids: int64 [B, L]; each picture is `<img>`, Q `<imgpad>`, `</img>`.
             pixel_values: float [N, 3, S, S], all pictures of the batch in order, or None.
+            said: whether these are tokens that the model has just said: they have no pictures,
+                and counting their places would make the host wait for the device at each of them.
 
         Returns:
             float [B, L, D].
@@ -220,8 +225,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
         embeddings = self.wte(input_ids)
         vision = self.config.vision
         places = input_ids == vision.image_pad_id
-        wanted = int(places.sum())
         pictures = 0 if pixel_values is None else pixel_values.size(0)
+        wanted = 0 if said and pictures == 0 else int(places.sum())
         if wanted != pictures * vision.n_queries:
             raise ValueError(
                 f"input_ids have {wanted} <imgpad>, but {pictures} pictures of {vision.n_queries} "
@@ -274,7 +279,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError("pictures have their places in input_ids, not in inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            said = past_key_values is not None and input_ids.size(1) == 1
+            inputs_embeds = self.embed(input_ids, pixel_values, said=said)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -287,7 +293,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        alpha = self._rotary_scale(inputs_embeds, position_ids, past_key_values)
+        alpha = self._rotary_scale(inputs_embeds, position_ids, past_key_values, cached)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.size(1), device=inputs_embeds.device)[None]
             position_ids = position_ids + cached
@@ -306,13 +312,22 @@ class QwenVLModel(QwenVLPreTrainedModel):
         )
 
     def _rotary_scale(
-        self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cached: int | Tensor,
     ) -> Tensor:
-        """float32 [B or 1]: NTK alpha of each row. It outlives a step of decoding on the cache."""
+        """float32 [B or 1]: NTK alpha of each row. It outlives a step of decoding on the cache.
+
+        Args:
+            cached: tokens that the cache holds; of a static one a tensor, whose value is not
+                asked for in a step of decoding.
+        """
         if self.training or not self.config.use_dynamic_ntk:
             return inputs_embeds.new_ones(1, dtype=torch.float32)
         kept = getattr(cache, "ntk_alpha", None)
-        if kept is not None:
+        if kept is not None and (inputs_embeds.size(1) == 1 or cached > 0):
             return kept
         if position_ids is None:
             lengths = torch.tensor([inputs_embeds.size(1)], device=inputs_embeds.device)
