@@ -58,6 +58,13 @@ def chat(
         bool,
         typer.Option("--complete", help="Go on with a text, as a base that was not tuned to chat."),
     ] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the step that says a token [a conversation on an NVIDIA GPU].",
+        ),
+    ] = None,
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
 ) -> None:
@@ -67,10 +74,10 @@ def chat(
     can do. With --input each question of a file is answered; a run that was cut off goes on where
     it stopped.
     """
-    of_talk = (prompt, images, system, max_window_size, completes or None)
+    of_talk = (prompt, images, system, max_window_size, completes or None, compiled)
     of_file = (batch_size, answers, None if data_format == "auto" else data_format)
     if questions is not None and any(value is not None for value in of_talk):
-        words = "--prompt, --image, --system, --max-window-size and --complete"
+        words = "--prompt, --image, --system, --max-window-size, --complete and --compile"
         raise typer.BadParameter(f"{words} do not go with --input")
     if questions is None and any(value is not None for value in of_file):
         raise typer.BadParameter("--output, --batch-size and --format need --input")
@@ -101,6 +108,17 @@ def chat(
 
     manner = Manner(decoding, system, max_window_size or MAX_WINDOW_SIZE, completes)
     if prompt is None:
-        converse(model, images or (), manner, pictures, adapter=adapter, seed=seed)
+        converse(
+            model, images or (), manner, pictures, adapter=adapter, seed=seed, compiled=compiled
+        )
     else:
-        ask_once(model, prompt, images or (), manner, pictures, adapter=adapter, seed=seed)
+        ask_once(
+            model,
+            prompt,
+            images or (),
+            manner,
+            pictures,
+            adapter=adapter,
+            seed=seed,
+            compiled=compiled,
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from vltrain.errors import VltrainError
+from vltrain.evaluation.compiled import CompiledSteps
 from vltrain.evaluation.spoken import SpokenText
 
 WINDOW_BATCHES = 8  # answered before the first of their answers is given: sorting needs a choice
@@ -174,7 +175,7 @@ def said_text(ids: Sequence[int], processor: Speaker) -> str:
     return processor.tokenizer.decode(list(ids), skip_special_tokens=True, keep_markup=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def say(
     model: PreTrainedModel,
     processor: Speaker,
@@ -183,6 +184,7 @@ def say(
     *,
     ends: Sequence[int] | None = None,
     listener: Callable[[str], None] | None = None,
+    steps: CompiledSteps | None = None,
 ) -> str:
     """The answer to one prompt, piece by piece to a listener and whole at the end.
 
@@ -194,6 +196,7 @@ def say(
         ends: the ids that end it; default `turn_ends`.
         listener: gets each piece of text as soon as its characters are whole; joined, they are
             the answer.
+        steps: of this model, where its step of decoding is to be compiled.
     """
     model.eval()
     ends = turn_ends(processor) if ends is None else ends
@@ -204,11 +207,14 @@ def say(
     streamer = None
     if listener is not None:
         streamer = SpokenText(lambda said: answer_text(said, processor, ends), listener)
+    how = settings(processor, decoding, ends)
+    cache = {} if steps is None else steps.prepared(how, ids.size(1))
     said = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=settings(processor, decoding, ends),
+        generation_config=how,
         streamer=streamer,
+        **cache,
         **pictures,
     )
     return answer_text(said[0, ids.size(1) :].tolist(), processor, ends)

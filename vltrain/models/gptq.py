@@ -3,7 +3,8 @@
 A packed layer is `qweight`, `qzeros`, `scales`, `g_idx` and a `bias`, where the plain one has a
 `weight` and may have a bias. `GPTQModel` has kernels for them. Its fastest ones give no gradient to
 what lies below them, and training with them goes on without a word while most adapters stand still;
-the one in plain torch gives all gradients, and is the one that is used here.
+the one in plain torch gives all gradients, and is the one that layers are loaded into here. Where a
+model only answers, `int4_kernels` puts a fast one in its place.
 """
 
 import io
@@ -94,6 +95,7 @@ class PackedLayersLoader(HfQuantizer):
     """Puts packed layers in the place of plain ones before `from_pretrained` reads the weights."""
 
     quantization_config: PackedLayers
+    answers_alone = False  # whether its layers are in kernels that can be compiled, not trained
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         with redirect_stdout(io.StringIO()):  # it greets with a banner
@@ -130,7 +132,11 @@ class PackedLayersLoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return not self.answers_alone
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.answers_alone
 
 
 def packed_weight(layer: nn.Module) -> torch.Tensor:

@@ -8,13 +8,16 @@ from transformers import PreTrainedModel
 
 from vltrain.errors import VltrainError
 from vltrain.models.catalog import is_adapter
+from vltrain.models.int4_kernels import use_kernel
 from vltrain.models.loading import dtype_for_machine, load_model, load_processor
+from vltrain.models.quantization import is_gptq
 
 
 def load_for_answers(folder: Path, adapter: Path | None = None) -> tuple[PreTrainedModel, Any]:
     """A model, on the GPU if there is one, and its processor.
 
-    Weights are bfloat16 on a GPU that has it and float32 elsewhere.
+    Weights are bfloat16 on a GPU that has it and float32 elsewhere. A base that GPTQ packed answers
+    in a kernel that multiplies 4 bits where the GPU has one, unless an adapter is on it.
 
     Args:
         folder: of a base or merged model; without `adapter` also of an adapter, whose base is
@@ -36,4 +39,7 @@ def load_for_answers(folder: Path, adapter: Path | None = None) -> tuple[PreTrai
         base = find_base(adapter or folder, None if adapter is None else str(folder))
         network = load_adapted(adapter or folder, base, dtype=dtype)
         return network.to(device), load_processor(base.path)
-    return load_model(folder, dtype=dtype, device=device), load_processor(folder)
+    network = load_model(folder, dtype=dtype, device=device)
+    if device == "cuda" and is_gptq(network):
+        use_kernel(network)
+    return network, load_processor(folder)

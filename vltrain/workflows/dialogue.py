@@ -21,6 +21,7 @@ from vltrain.data.faults import error_of
 from vltrain.data.markup import joined, parts_of
 from vltrain.data.pictures import Pictures, pictures_at
 from vltrain.errors import VltrainError
+from vltrain.evaluation.compiled import CompiledSteps
 from vltrain.evaluation.generation import Decoding, Prompt, say
 from vltrain.models.loading import foreign_id_error
 
@@ -46,6 +47,7 @@ def chat(
     listener: Listener | None = None,
     image_root: Path | None = None,
     allow_urls: bool = False,
+    steps: CompiledSteps | None = None,
 ) -> tuple[str, list[tuple[str, str]]]:
     """A model's answer, and the history with it, as the original's `model.chat` gives them.
 
@@ -67,6 +69,8 @@ def chat(
         listener: gets the answer piece by piece while it is made.
         image_root: where relative paths are looked up before the working directory.
         allow_urls: whether pictures that are http(s) URLs are downloaded.
+        steps: of this model and kept from call to call, where its step of decoding is to be
+            compiled.
 
     Returns:
         The answer, boxes as the model wrote them, and a new history that ends with it.
@@ -85,7 +89,7 @@ def chat(
     turns = [*system_turn(system), *(turn for pair in kept for turn in pair), user_turn(text)]
     prompt = chat_prompt(turns, processor, pictures_at(image_root, allow_urls))
     refuse_foreign_ids(prompt, model)
-    answer = say(model, processor, prompt, decoding, listener=listener)
+    answer = say(model, processor, prompt, decoding, listener=listener, steps=steps)
     return answer, [*said, (text, answer)]
 
 

@@ -18,6 +18,7 @@ from vltrain.data.markup import parts_of
 from vltrain.data.pictures import Pictures
 from vltrain.data.records import Record
 from vltrain.errors import VltrainError
+from vltrain.evaluation.compiled import CompiledSteps
 from vltrain.evaluation.generation import Decoding, Prompt, say
 from vltrain.training.files import write_whole
 from vltrain.workflows.dialogue import (
@@ -86,14 +87,25 @@ class Talk:
     """A conversation with one model. A question that fails or is stopped leaves no trace."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, manner: Manner, pictures: Pictures
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        manner: Manner,
+        pictures: Pictures,
+        steps: CompiledSteps | None = None,
     ) -> None:
         self._model = model
         self._processor = processor
         self._manner = manner
         self._pictures = pictures
+        self._steps = steps
         self.exchanges: list[Exchange] = []
         self.waiting: list[str] = []  # sources of pictures that come before the next question
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether answers come from a compiled step."""
+        return self._steps is not None
 
     def show(self, source: str) -> None:
         """Put a picture before the next question.
@@ -147,7 +159,13 @@ class Talk:
         ends = (self._processor.pad_id,) if completes else None
         decoding = self._manner.decoding
         said = say(
-            self._model, self._processor, asked.prompt, decoding, ends=ends, listener=listener
+            self._model,
+            self._processor,
+            asked.prompt,
+            decoding,
+            ends=ends,
+            listener=listener,
+            steps=self._steps,
         )
         if completes:
             self.exchanges.clear()

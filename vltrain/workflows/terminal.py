@@ -11,6 +11,7 @@ from PIL import Image
 
 from vltrain.data.pictures import Pictures
 from vltrain.errors import VltrainError
+from vltrain.evaluation.compiled import CompiledSteps, reason_against
 from vltrain.models.catalog import is_chat_tuned
 from vltrain.models.hub import resolve_model
 from vltrain.workflows.answering import load_for_answers
@@ -36,6 +37,7 @@ def ask_once(
     *,
     adapter: Path | None = None,
     seed: int = 0,
+    compiled: bool | None = None,
 ) -> None:
     """Print a model's answer to one question while it is made.
 
@@ -47,6 +49,8 @@ def ask_once(
         pictures: where pictures are looked up.
         adapter: the folder of an adapter to put beside the model.
         seed: of what is drawn.
+        compiled: whether the step of decoding is compiled first, which one short answer does not
+            pay for; it is not unless this is True.
 
     Raises:
         VltrainError: what is wrong with question and pictures, before the model is loaded.
@@ -54,7 +58,7 @@ def ask_once(
     if not prompt.strip() and not images:
         raise VltrainError.at("--prompt", what="it is empty", fix="write a question")
     question_turn(prompt, images, pictures, first=1)
-    talk = _talk(model, adapter, images, manner, pictures, seed)
+    talk = _talk(model, adapter, images, manner, pictures, seed, compiled or False)
     talk.answer(talk.prepare(prompt), _print_piece)
     print()
 
@@ -67,22 +71,26 @@ def converse(
     *,
     adapter: Path | None = None,
     seed: int = 0,
+    compiled: bool | None = None,
 ) -> None:
     """Talk with a model, line by line from stdin, until it ends or says /quit.
 
     Args:
         images: paths of pictures that come before the first question.
         model, manner, pictures, adapter, seed: as for `ask_once`.
+        compiled: whether the step of decoding is compiled; None: where that can be done.
 
     Raises:
         VltrainError: the model cannot be loaded, or one of `images` cannot be shown. What goes
             wrong later is said, and the conversation goes on.
     """
     question_turn("", images, pictures, first=1)
-    talk = _talk(model, adapter, images, manner, pictures, seed)
+    talk = _talk(model, adapter, images, manner, pictures, seed, compiled)
     if not (manner.completes or adapter or is_chat_tuned(resolve_model(model).path)):
         print("note: nothing says that this model was tuned to chat; see --complete")
     print(f"{model}: /help lists the commands, /quit leaves")
+    if talk.is_compiled:
+        print("the first answer waits for a compiler, the others are faster; see --no-compile")
     Terminal(talk).run()
 
 
@@ -93,12 +101,21 @@ def _talk(
     manner: Manner,
     pictures: Pictures,
     seed: int,
+    compiled: bool | None,
 ) -> Talk:
     """A conversation that has not begun, with pictures that wait."""
+    if compiled and not torch.cuda.is_available():
+        raise VltrainError.at(
+            "--compile", what="there is no NVIDIA GPU here", fix="leave it out: nothing else changes"
+        )
     hide_weight_bars()
     network, processor = load_for_answers(resolve_model(model).path, adapter)
+    against = None if compiled is False else reason_against(network)
+    if compiled and against is not None:
+        raise VltrainError.at("--compile", what=against, fix="leave it out")
+    steps = CompiledSteps(network) if compiled is not False and against is None else None
     torch.manual_seed(seed)
-    talk = Talk(network, processor, manner, pictures)
+    talk = Talk(network, processor, manner, pictures, steps)
     talk.waiting += images
     return talk
 

@@ -1,0 +1,174 @@
+"""Packed layers in kernels that are made for answers: they multiply the 4 bits as they lie.
+
+The layers that a GPTQ checkpoint is loaded into unpack a whole weight to 16 bits for each
+multiplication. That gives all gradients, and is slower than a model of 16 bits. The kernels here
+give no gradient: a model that has them answers, and is not trained.
+
+Dimension letters: `N` outputs, `K` inputs, `G` groups of inputs, `M` tokens.
+"""
+
+import io
+from contextlib import redirect_stdout
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+Kernel = Literal["torch", "marlin"]
+
+INNER_TILES = 8  # of 16 inputs each, how the kernel in torch has its codes interleaved
+GROUPS = (32, 64, 128, 256)  # the sizes that it knows
+TOLERANCE = 0.02  # of the output's length; bfloat16 rounds sums of thousands of products to less
+
+
+class Int4Linear(nn.Module):
+    """A packed layer in torch's own kernel for 4 bits: bfloat16 on a GPU, any float on a CPU."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Take the weights of one of GPTQModel's `TorchLinear`."""
+        super().__init__()
+        self.in_features: int = layer.in_features
+        self.out_features: int = layer.out_features
+        self.group_size: int = layer.group_size
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=layer.qweight.device)
+        codes = (layer.qweight[:, None, :] >> shifts[None, :, None] & 15).flatten(0, 1)  # [K, N]
+        zeros = (layer.qzeros[:, :, None] >> shifts & 15).flatten(1)  # [G, N]
+        # the kernel computes (code - 8) * scale + shift
+        shift = (8 - zeros) * layer.scales.float()
+        pairs = torch.stack([layer.scales.float(), shift], dim=-1)  # [G, N, 2]
+        self.register_buffer("codes", _interleaved(codes.T.contiguous()))
+        self.register_buffer("scales_and_shifts", pairs.to(layer.scales.dtype).contiguous())
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., K] -> float [..., N] of the same dtype."""
+        rows = x.reshape(-1, self.in_features).to(self.scales_and_shifts.dtype)  # [M, K]
+        multiply = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
+        out = multiply(rows, self.codes, self.group_size, self.scales_and_shifts)
+        out = out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+
+def _interleaved(codes: Tensor) -> Tensor:
+    """Codes int32 [N, K] as the kernel wants them, which differs from device to device."""
+    if codes.is_cuda:
+        pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)  # [N, K / 2]
+        return torch._convert_weight_to_int4pack(pairs, INNER_TILES)
+    return torch._convert_weight_to_int4pack_for_cpu(codes, INNER_TILES)
+
+
+_MARLIN_LAYERS: list[nn.Module] = []
+
+
+@torch.library.custom_op("vltrain::marlin", mutates_args=())
+def _marlin(x: Tensor, layer: int, outputs: int) -> Tensor:
+    return _MARLIN_LAYERS[layer](x)
+
+
+@_marlin.register_fake
+def _(x: Tensor, layer: int, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+class MarlinLayer(nn.Module):
+    """A packed layer in GPTQModel's Marlin kernel, which nvcc compiles when it is first used.
+
+    It is one operator to `torch.compile`, which cannot look into the kernel.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Take the weights of one of GPTQModel's `TorchLinear`.
+
+        Raises:
+            ModuleNotFoundError, ValueError, NotImplementedError: the kernel cannot be compiled
+                here, or does not run on this GPU.
+        """
+        super().__init__()
+        with redirect_stdout(io.StringIO()):
+            from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
+
+        self.out_features: int = layer.out_features
+        device, dtype = layer.qweight.device, layer.scales.dtype
+        with torch.device(device):
+            kernel = MarlinLinear(
+                bits=layer.bits,
+                group_size=layer.group_size,
+                desc_act=False,
+                sym=True,
+                in_features=layer.in_features,
+                out_features=layer.out_features,
+                bias=layer.bias is not None,
+                dtype=dtype,
+            )
+        for name in ("qweight", "g_idx", "scales", "qzeros"):
+            getattr(kernel, name).data = getattr(layer, name).clone()
+        if layer.bias is not None:
+            kernel.bias = layer.bias.to(dtype).clone()
+        kernel.post_init()
+        self._place = len(_MARLIN_LAYERS)
+        _MARLIN_LAYERS.append(kernel.eval())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float16 or bfloat16 [..., K] -> [..., N]."""
+        return torch.ops.vltrain.marlin(x.contiguous(), self._place, self.out_features)
+
+
+def use_kernel(model: PreTrainedModel, kernel: Kernel = "torch") -> int:
+    """Put a model's packed layers into a kernel that multiplies 4 bits, in place.
+
+    Each layer is tried on a random input first; one that the kernel does not serve, or that gives
+    another output in it, stays as it is.
+
+    Args:
+        model: in eval mode, with packed layers as `load_model` makes them, on its device.
+        kernel: "torch" is torch's own; "marlin" GPTQModel's, for NVIDIA GPUs with nvcc beside.
+
+    Returns:
+        How many layers are in the kernel now.
+    """
+    made = 0
+    for name, layer in list(model.named_modules()):
+        if "qweight" not in layer._buffers or not _served(layer, kernel):
+            continue
+        fast = (Int4Linear if kernel == "torch" else MarlinLayer)(layer)
+        if not _alike(layer, fast):
+            continue
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, fast)
+        made += 1
+    quantizer = getattr(model, "hf_quantizer", None)
+    if made and quantizer is not None:
+        quantizer.answers_alone = True
+    return made
+
+
+def _served(layer: nn.Module, kernel: Kernel) -> bool:
+    """Whether a kernel is made for layers of this shape, dtype and device."""
+    groups = torch.arange(layer.in_features, device=layer.g_idx.device) // layer.group_size
+    plain = layer.bits == 4 and bool((layer.g_idx == groups).all())
+    if not layer.qweight.is_cuda:
+        return plain and kernel == "torch" and layer.group_size in GROUPS
+    if kernel == "marlin":
+        return plain and layer.sym and layer.scales.dtype in (torch.float16, torch.bfloat16)
+    return (
+        plain
+        and layer.group_size in GROUPS
+        and layer.scales.dtype == torch.bfloat16
+        and layer.in_features % (16 * INNER_TILES) == 0
+        and layer.out_features % 8 == 0
+        and torch.cuda.get_device_capability(layer.qweight.device) >= (8, 0)
+    )
+
+
+@torch.no_grad()
+def _alike(layer: nn.Module, fast: nn.Module) -> bool:
+    """Whether two forms of a layer give the same output for a random input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, layer.in_features, generator=generator)
+    x = x.to(layer.qweight.device, layer.scales.dtype)
+    weight = layer.dequantize_weight().T.to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    wanted = F.linear(x, weight, bias).float()
+    return bool((fast(x).float() - wanted).norm() <= TOLERANCE * wanted.norm())
