@@ -91,8 +91,6 @@ def test_a_model_on_the_cpu_is_not_compiled(asked):
     assert reason_against(asked[0]) == "the model is not on an NVIDIA GPU"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "size"), [(3, 2560), (2048, 2560), (2049, 4608), (6655, 8704)]
-)
+@pytest.mark.parametrize(("prompt", "size"), [(3, 2560), (2048, 2560), (2049, 4608), (6655, 8704)])
 def test_a_cache_has_room_for_the_next_power_of_two_and_the_answer(prompt, size):
     assert cache_size(prompt, 512) == size

@@ -17,6 +17,7 @@ def packed(tmp_path):
     return write_gptq(tmp_path / "packed"), tmp_path / "packed"
 
 
+@pytest.mark.slow
 def test_all_packed_layers_answer_as_before(packed):
     model = load_model(packed[1])
     with torch.no_grad():

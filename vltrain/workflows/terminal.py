@@ -106,7 +106,9 @@ def _talk(
     """A conversation that has not begun, with pictures that wait."""
     if compiled and not torch.cuda.is_available():
         raise VltrainError.at(
-            "--compile", what="there is no NVIDIA GPU here", fix="leave it out: nothing else changes"
+            "--compile",
+            what="there is no NVIDIA GPU here",
+            fix="leave it out: nothing else changes",
         )
     hide_weight_bars()
     network, processor = load_for_answers(resolve_model(model).path, adapter)
