@@ -1,17 +1,18 @@
 """Fine-tune vision-language models on your own pictures, conversations and boxes.
 
 `vltrain.chat(model, processor, query)` and `vltrain.complete(model, processor, text)` talk to a
-model; what they need is imported when they are asked for, and not before.
+model, `vltrain.draw_bbox_on_latest_picture(answer, history)` shows where its boxes are; what they
+need is imported when they are asked for, and not before.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["chat", "complete"]
+__all__ = ["chat", "complete", "draw_bbox_on_latest_picture"]
 
 
 def __getattr__(name: str) -> Any:
-    """`chat` and `complete`, with all that they import, the first time they are named."""
+    """A function of `dialogue`, with all that it imports, the first time it is named."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vltrain.workflows import dialogue

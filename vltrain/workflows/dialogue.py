@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from vltrain.data.conversation import ImagePart, Part, TextPart, Turn
 from vltrain.data.encoding import Processor, plain_ids, prompt_ids, turn_ids
 from vltrain.data.faults import error_of
+from vltrain.data.grounding import draw_boxes, parse_regions
 from vltrain.data.markup import joined, parts_of
 from vltrain.data.pictures import Pictures, pictures_at
 from vltrain.errors import VltrainError
@@ -128,6 +129,39 @@ def complete(
     prompt = plain_prompt(parts, processor, pictures_at(image_root, allow_urls))
     refuse_foreign_ids(prompt, model)
     return say(model, processor, prompt, decoding, ends=(processor.pad_id,), listener=listener)
+
+
+def draw_bbox_on_latest_picture(
+    response: str,
+    history: Sequence[tuple[str, str]],
+    *,
+    image_root: Path | None = None,
+    allow_urls: bool = False,
+) -> Image.Image | None:
+    """The last picture of a conversation with the boxes of an answer on it, named; what the
+    original's `tokenizer.draw_bbox_on_latest_picture` gives.
+
+    Args:
+        response: an answer, as `chat` gives it.
+        history: what was said, as `chat` gives it; a picture that only an answer names is none.
+        image_root, allow_urls: as for `chat`.
+
+    Returns:
+        A new picture, or None where nobody showed one or the answer has no box.
+
+    Raises:
+        VltrainError: the picture is missing or broken, or a tag of one is not closed.
+    """
+    source = latest_picture(history)
+    if source is None or not parse_regions(response)[0]:
+        return None
+    return draw_boxes(pictures_at(image_root, allow_urls).open(source), response)
+
+
+def latest_picture(history: Sequence[tuple[str, str]]) -> str | None:
+    """The place of the picture that a user showed last; None where there is none."""
+    shown = [source for query, _ in history for source in picture_sources(user_turn(query).parts)]
+    return shown[-1] if shown else None
 
 
 def user_turn(text: str) -> Turn:
