@@ -79,6 +79,17 @@ def test_machines_that_do_not_meet_are_an_error_with_the_way_out(
     assert str(error.value).startswith("--nnodes 2 --rdzv-endpoint first:29500: ")
 
 
+def test_why_machines_have_not_met_is_said_by_what_is_behind_it(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launching, "_started", lambda: False)
+    error = RendezvousConnectionError("see inner exception")
+    error.__cause__ = DistNetworkError("timed out while connecting to (first, 29500)\nframe #0")
+
+    with pytest.raises(VltrainError, match=r"not met: timed out while connecting .*29500\)\n  fix"):
+        code_of(error, told)
+
+
 def test_a_run_that_ends_elsewhere_ends_here_with_the_code_that_was_heard(
     told: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):

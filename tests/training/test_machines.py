@@ -105,6 +105,15 @@ def test_what_could_not_meet_is_refused_with_the_way_out(told: dict, what: str, 
     assert fix in way
 
 
+def test_a_machine_that_has_no_such_name_is_refused_before_anyone_waits_for_it():
+    Machines().refuse_unknown_name()
+    Machines(nnodes="2", rdzv_endpoint="localhost:1").refuse_unknown_name()
+    Machines(nnodes="2", rdzv_endpoint="[::1]:1").refuse_unknown_name()
+    nowhere = Machines(nnodes="2", rdzv_endpoint="nowhere.invalid:29500")
+    with pytest.raises(VltrainError, match=r"this machine knows no nowhere\.invalid: "):
+        nowhere.refuse_unknown_name()
+
+
 def test_machines_without_gpus_are_refused():
     refuse_without_gpus(Machines(), None)
     refuse_without_gpus(Machines(**MEETING), 8)

@@ -58,6 +58,7 @@ def launch(processes: int, words: Sequence[str], machines: Machines | None = Non
     from torch.distributed.run import config_from_args, parse_args
 
     machines = machines or Machines()
+    machines.refuse_unknown_name()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     _quiet_torchrun()
     # Said outright, or torchrun would take them from the environment.
@@ -141,7 +142,8 @@ def _say(what: str, fix: str) -> None:
 
 
 def _not_met(machines: Machines, error: Exception) -> VltrainError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    cause = error.__cause__ or error  # of a RendezvousError, which says less
+    reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
     return machines.wrong(
         f"the machines of the run have not met: {reason}",
         "start the command on all of them, with the same address, of one that is among them and "

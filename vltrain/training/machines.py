@@ -1,5 +1,6 @@
 """How the machines of one run meet: torchrun's flags, checked before a launcher waits on them."""
 
+import socket
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -126,6 +127,23 @@ class Machines:
                 "a free port of it",
             )
         return None
+
+    def refuse_unknown_name(self) -> None:
+        """Raise VltrainError where this machine does not know the one to meet at by its name.
+
+        torchrun would try for minutes.
+        """
+        address = self._address()
+        if address is None:
+            return
+        host = address.rpartition(":")[0].strip("[]")
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:
+            raise self.wrong(
+                f"this machine knows no {host}: {error}",
+                "name one of the run's machines as the others know it, or by its IP address",
+            ) from None
 
     def _refuse_wrong_address(self, name: str, host: str, port: str) -> None:
         lowest = 0 if self.count == 1 and self.backend == "c10d" else 1  # 0: any free port
