@@ -1,7 +1,6 @@
 """Several processes with the data, the evaluation and the files of DeepSpeed's that users have."""
 
 import io
-import json
 import os
 from pathlib import Path
 
@@ -81,16 +80,6 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def four(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Runs of four processes, in one start; what was shown."""
-    runs = [
-        place.recipe("four-ddp", "lora", BY_ONE, *place.evaluation(6), "engine=ddp"),
-        place.recipe("four-zero2", "lora", BY_ONE, "deepspeed=zero2"),
-    ]
-    return run_together(4, runs, tmp_path_factory.mktemp("four"))
-
-
-@pytest.fixture(scope="module")
 def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """What one process makes of the same batches; with DeepSpeed only where its file is used."""
 
@@ -98,7 +87,6 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         return place.recipe(name, "lora", *settings)
 
     for recipe in (
-        alone("whole", BY_FOUR, *place.evaluation(6)),
         alone("whole-eight", BY_EIGHT),
         alone("whole-stream", BY_FOUR, *STREAM),
         alone("whole-mix", BY_FOUR, mix_of(place, 12)),
@@ -135,21 +123,6 @@ def test_two_processes_lose_what_one_loses(place, one, two, name, reference):
     assert len(together) == len(alone) == (4 if name.startswith("best") else 6)
     assert together == pytest.approx(alone, abs=1e-4)
     assert max(alone) - min(alone) > 0.01
-
-
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_four_processes_lose_what_one_loses(place, one, four, engine):
-    run = place.runs / f"four-{engine}"
-
-    assert losses(run) == pytest.approx(losses(place.runs / "whole"), abs=1e-4)
-    assert json.loads((run / "environment.json").read_text())["world_size"] == 4
-
-
-def test_four_processes_measure_what_one_measures(place, one, four):
-    together, alone = (eval_losses(place.runs / name) for name in ("four-ddp", "whole"))
-
-    assert len(together) == 1
-    assert together == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_originals_files_say_what_they_decide(place, two):

@@ -1,4 +1,4 @@
-"""Two processes under each engine learn what one process learns of the same batches."""
+"""Two and four processes under each engine learn what one learns of the same batches."""
 
 import io
 import json
@@ -63,11 +63,24 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def four(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Both methods under each engine, run by four processes; what was shown."""
+    settings = ("trainer.gradient_accumulation_steps=1", *place.evaluation(6))
+    recipes = [
+        place.recipe(f"four-{name}-{method}", method, *settings, *engine)
+        for method in ("lora", "full")
+        for name, engine in ENGINES.items()
+    ]
+    return run_together(4, recipes, tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture(scope="module")
 def one(place: Place) -> Place:
     """What one process makes of the same batches: two thirds of the cells have the same ones."""
     for method in ("lora", "full"):
         quiet = Console(file=io.StringIO())
-        train(place.recipe(method, method, "trainer.gradient_accumulation_steps=4"), quiet)
+        settings = ("trainer.gradient_accumulation_steps=4", *place.evaluation(6))
+        train(place.recipe(method, method, *settings), quiet)
         apart = ("trainer.gradient_accumulation_steps=2", IN_ORDER)
         train(place.recipe(f"{method}-apart", method, *apart), quiet)
     whole = "trainer.gradient_accumulation_steps=4"
@@ -100,6 +113,19 @@ def test_two_processes_lose_what_one_loses(place, one, two, name):
     assert len(together) == len(alone) == (2 if name.endswith("packed") else 6)
     assert together == pytest.approx(alone, abs=1e-4)
     assert max(alone) - min(alone) > 0.01
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_processes_lose_and_measure_what_one_does(place, one, four, engine, method):
+    run = place.runs / f"four-{engine}-{method}"
+
+    assert losses(run) == pytest.approx(losses(place.runs / method), abs=1e-4)
+    assert len(eval_losses(run)) == 1
+    assert eval_losses(run) == pytest.approx(eval_losses(place.runs / method), abs=1e-4)
+    said = json.loads((run / "environment.json").read_text())
+    stage = int(engine[4]) if engine.startswith("zero") else None
+    assert (said["zero_stage"], said["world_size"]) == (stage, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)

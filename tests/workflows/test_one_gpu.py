@@ -1,5 +1,6 @@
-"""What only a GPU can show of a run: 4-bit bases and memory that is really at an end."""
+"""What only a GPU can show of a run: 4-bit bases, measured epochs, memory that is at an end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from runs import metrics, quick, run, weights
 from tiny import write_conversations, write_gptq, write_qwen_vl
+
+from vltrain.workflows.estimate import estimate_run
 
 pytestmark = pytest.mark.gpu
 
@@ -67,3 +70,19 @@ def test_memory_that_runs_out_ends_a_run_with_its_own_code_and_what_to_change(da
     assert "fix: " in done.stderr
     assert "trainer.per_device_train_batch_size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_an_estimate_measures_the_time_of_an_epoch(method, data, tmp_path, capsys):
+    base = write_qwen_vl(tmp_path / "base")
+    settings = ("trainer.gradient_accumulation_steps=1", "trainer.per_device_train_batch_size=1")
+
+    estimate_run(
+        None, method=method, model=str(base), data=[data], overrides=settings, as_json=True
+    )
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"]
+    assert told["steps_per_epoch"] == 4
+    assert 0 < told["seconds_per_step"] < 30
+    assert told["seconds_per_epoch"] == pytest.approx(4 * told["seconds_per_step"])
