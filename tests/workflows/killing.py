@@ -43,6 +43,7 @@ class Killer:
         delay_seconds: float = 0.0,
         file_limit: int | None = None,
         processes: int = 1,
+        grouped: bool = False,
     ) -> tuple[int, str]:
         """Run a recipe, and send it and all its processes a signal.
 
@@ -54,14 +55,15 @@ class Killer:
             while_saving: then wait until a checkpoint is being written.
             delay_seconds: then wait so long.
             file_limit: no file may become larger than so many bytes.
-            processes: how many form the run, with what torchrun tells them.
+            processes: how many form the run.
+            grouped: tell even a single one what torchrun tells its processes.
 
         Returns:
             The exit code, negative for a signal as `subprocess` has it, and what was said.
         """
         request = {"recipe": str(recipe), "out": str(out), "send": send, "step": step}
         request |= {"while_saving": while_saving, "delay": delay_seconds, "limit": file_limit}
-        request["processes"] = processes
+        request |= {"processes": processes, "grouped": grouped or processes > 1}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -81,7 +83,7 @@ def train_here(request: dict[str, Any], said: Path) -> None:
     from vltrain.workflows.train import train
 
     os.setsid()
-    others = form_group(request["processes"]) if request["processes"] > 1 else []
+    others = form_group(request["processes"]) if request["grouped"] else []
     with said.open("a") as file:  # several processes write to it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -193,20 +193,40 @@ def test_a_run_that_was_asked_to_stop_saves_the_step_and_goes_on_to_the_bit(
     assert_same_weights(weights_of(out / "final"), weights)
 
 
-@pytest.mark.parametrize(("began_on", "goes_on_on"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("method", "engine", "began_on", "goes_on_on"),
+    [
+        ("lora", (), 2, 1),
+        ("lora", (), 1, 2),
+        pytest.param("lora", ("deepspeed=zero2",), 1, 2, marks=pytest.mark.matrix),
+        pytest.param("full", ("deepspeed=zero1",), 2, 1, marks=pytest.mark.matrix),
+        pytest.param("full", ("deepspeed=zero3",), 2, 1, marks=pytest.mark.matrix),
+        pytest.param("full", ("deepspeed=zero3",), 1, 2, marks=pytest.mark.matrix),
+    ],
+)
 def test_a_run_goes_on_on_another_number_of_processes(
-    killer: Killer, made, tmp_path: Path, began_on: int, goes_on_on: int
+    killer: Killer,
+    made,
+    tmp_path: Path,
+    method: str,
+    engine: tuple[str, ...],
+    began_on: int,
+    goes_on_on: int,
 ):
-    settings = ("trainer.max_steps=7", "lora.dropout=0")  # each process draws dropout of its own
-    rows, _ = whole_run(
-        killer, made, tmp_path / "whole", *settings, method="lora", processes=began_on
+    settings = ["trainer.max_steps=7", "trainer.learning_rate=1e-3"]
+    settings += ["lora.dropout=0"] if method == "lora" else []  # each process draws its own
+    by_four, accumulated = (
+        f"trainer.gradient_accumulation_steps={count}" for count in (4, 4 // began_on)
     )
+    rows, weights = whole_run(killer, made, tmp_path / "whole", *settings, by_four, method=method)
     out = tmp_path / "moved"
-    recipe = write_recipe(made, out, *settings)
-    code, said = killer.run(recipe, out, send=signal.SIGTERM, step=2, processes=began_on)
+    recipe = write_recipe(made, out, *settings, *engine, accumulated, method=method)
+    code, said = killer.run(
+        recipe, out, send=signal.SIGTERM, step=2, processes=began_on, grouped=bool(engine)
+    )
     assert code == 75, said
 
-    code, said = killer.run(recipe, out, processes=goes_on_on)
+    code, said = killer.run(recipe, out, processes=goes_on_on, grouped=bool(engine))
 
     assert code == 0, said
     assert "resuming from" in said
@@ -214,6 +234,9 @@ def test_a_run_goes_on_on_another_number_of_processes(
     for key, tolerance in (("step", 0), ("epoch", 0), ("learned_tokens", 0), ("loss", 1e-4)):
         one, other = ([row[key] for row in logged] for logged in (moved, rows))
         assert one == pytest.approx(other, rel=tolerance), key
+    for name, tensor in weights_of(out / "final").items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-4, rtol=0)
+    assert [p.name for p in out.glob("*.partial")] == []
 
 
 # --- a disk that is full ---

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,17 @@ class Engine:
     def shards_weights(self) -> bool:
         """Whether every process has to run every module: each holds a share of its weights."""
         return self.name == "fsdp2" or self.zero_stage == 3
+
+    def for_any_number(self) -> "Engine":
+        """The same, for reading a checkpoint that other numbers of processes can read as well."""
+        config = dict(self.config or {})
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+        return replace(self, config=config)
+
+    @property
+    def reads_any_number(self) -> bool:
+        """Whether it expects such a checkpoint, see `universal`."""
+        return bool((self.config or {}).get("checkpoint", {}).get("load_universal"))
 
     def __str__(self) -> str:
         return self.name if self.zero_stage is None else f"{self.name} (ZeRO-{self.zero_stage})"

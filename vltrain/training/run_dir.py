@@ -99,7 +99,7 @@ class RunDir:
         text = json.dumps(environment, indent=2, ensure_ascii=False)
         write_whole(self.environment_file, text + "\n")
 
-    def refuse_another_engine(self, engine: str, zero_stage: int | None, world_size: int) -> None:
+    def refuse_another_engine(self, engine: str, zero_stage: int | None) -> None:
         """Raise VltrainError where the checkpoints are of an engine that this one cannot read.
 
         One process and DDP write the same. The recipe's `engine: auto` may come to another
@@ -116,13 +116,6 @@ class RunDir:
                 str(self.path),
                 what=f"its checkpoints are of {said}, and this run would be under another engine",
                 fix="resume on a machine like the first, or give another --output",
-            )
-        if zero_stage is not None and there["world_size"] != world_size:
-            raise VltrainError.at(
-                str(self.path),
-                what=f"its checkpoints are DeepSpeed's shares of {there['world_size']} processes, "
-                f"and these are {world_size}",
-                fix=f"resume on {there['world_size']}, or give another --output",
             )
 
     def mark_finished(self) -> None:

@@ -29,6 +29,7 @@ from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.learning_rates import split_groups
 from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.stopping import LeaveSignals
+from vltrain.training.universal import drop_shares, part_groups
 
 logger = logging.getLogger(__name__)
 
@@ -317,6 +318,14 @@ class Trainer(ResumableTrainer):
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._engine.reads_any_number:
+            part_groups(self.optimizer, Path(checkpoint))
+            drop_shares(Path(checkpoint))
+            # From here on this run's own checkpoints are read: the best of them, at its end.
+            self.model_wrapped._config.load_universal_checkpoint = False
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self._counted_since = time.perf_counter()  # passing over old batches is no training

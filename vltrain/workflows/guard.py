@@ -18,11 +18,13 @@ from vltrain.data.streaming import SampleStream
 from vltrain.errors import GpuMemoryError, VltrainError
 from vltrain.training.arguments import step_count
 from vltrain.training.disk import SavedBytes, refuse_small_disk, save_count
+from vltrain.training.engines import Engine
 from vltrain.training.files import is_disk_full
 from vltrain.training.lock import locked
 from vltrain.training.processes import is_first
 from vltrain.training.run_dir import RunDir
 from vltrain.training.stopping import StopSignals
+from vltrain.training.universal import refuse_fixed_shares, share_count
 from vltrain.workflows.advice import memory_advice
 from vltrain.workflows.memory import RunMemory
 from vltrain.workflows.run_data import Halves
@@ -75,6 +77,21 @@ def refuse_no_space(
     """Raise VltrainError where a run's checkpoints, each of that size, will not fit on its disk."""
     saves = save_count(arguments, step_count(arguments, halves.epoch_units[0]))
     refuse_small_disk(run.path, size, keep=arguments.save_total_limit, saves=saves)
+
+
+def on_processes_of_now(engine: Engine, run: RunDir, processes: int) -> Engine:
+    """The engine, told to read what another number of processes wrote, if the run needs that.
+
+    Raises:
+        VltrainError: the checkpoint to go on from is of another engine, or cannot be shared out
+            anew.
+    """
+    run.refuse_another_engine(engine.name, engine.zero_stage)
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None or share_count(checkpoint) in (0, processes):
+        return engine
+    refuse_fixed_shares(checkpoint, processes)
+    return engine.for_any_number()
 
 
 def in_steps_of_before(recipe: Recipe, run: RunDir, processes: int) -> Recipe:

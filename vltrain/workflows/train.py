@@ -36,7 +36,7 @@ from vltrain.models.shares import whole_tensors
 from vltrain.models.sizes import Census
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
-from vltrain.training.checkpoints import checkpoint_step
+from vltrain.training.checkpoints import checkpoint_step, clear_drafts
 from vltrain.training.deepspeed_file import decisions_of_file
 from vltrain.training.disk import saved_bytes
 from vltrain.training.engines import Engine, Machine, choose_engine
@@ -48,12 +48,14 @@ from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
+from vltrain.training.universal import shared_out_anew
 from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.guard import (
     advised,
     data_fingerprint,
     guarded,
     in_steps_of_before,
+    on_processes_of_now,
     refuse_changed_data,
     refuse_no_space,
     samples_per_step,
@@ -125,7 +127,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     refuse_unfit_base(recipe, base.folder)
     engine = plan_engine(recipe, base)
     refuse_unfit_engine(recipe, engine)
-    run.refuse_another_engine(engine.name, engine.zero_stage, process_count())
+    engine = on_processes_of_now(engine, run, process_count())
     in_steps = in_steps_of_before(recipe, run, process_count())
     arguments = training_arguments(in_steps, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
@@ -357,6 +359,9 @@ def fit(
         run.cut_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
+    source = None if checkpoint is None else str(checkpoint)
+    if checkpoint is not None and engine.reads_any_number:
+        source = str(shared_out_anew(checkpoint))
     progress = ProgressBar(console)
     collator = Collator(base.processor.pad_id)
     trainer = Trainer(
@@ -379,9 +384,11 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     try:
         with signals.noted():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.train(resume_from_checkpoint=source)
     finally:
         progress.bar.stop()  # or a run that breaks off leaves the terminal without a cursor
+    if is_first():
+        clear_drafts(run.path)
 
 
 def final_tensors(
