@@ -152,10 +152,11 @@ def test_a_loss_that_is_no_number_is_written_as_null(run: RunDir):
 def test_the_data_that_a_run_began_with_are_written_down_once(run: RunDir):
     assert run.read_data_fingerprint() is None
 
-    run.keep_data_fingerprint({"files": {"a.json": 1}})
-    run.keep_data_fingerprint({"files": {"a.json": 2}})
+    run.keep_data_fingerprint({"files": {"a.json": 1}, "stamps": {"a.json": [3]}})
+    run.keep_data_fingerprint({"files": {"a.json": 2}, "stamps": {"a.json": [4]}})
 
-    assert run.read_data_fingerprint() == {"files": {"a.json": 1}}
+    kept = {"files": {"a.json": 1}, "stamps": {"a.json": [4]}}  # only a stamp is renewed
+    assert run.read_data_fingerprint() == kept
 
 
 def test_a_lock_alone_makes_no_directory_a_runs(tmp_path: Path):

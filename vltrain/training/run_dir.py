@@ -133,10 +133,15 @@ class RunDir:
         return json.loads(self.data_file.read_text(encoding="utf-8"))
 
     def keep_data_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
-        """Write down what the data are, unless an earlier start of the run has done it."""
-        if not self.data_file.is_file():
-            text = json.dumps(fingerprint, indent=2, ensure_ascii=False)
-            write_whole(self.data_file, text + "\n")
+        """Write down what the data are; of a run that goes on only by what files are known."""
+        kept = self.read_data_fingerprint()
+        stamps = fingerprint.get("stamps", {})
+        if kept is None:
+            kept = dict(fingerprint)
+        elif kept.get("stamps", {}) == stamps:
+            return
+        text = json.dumps({**kept, "stamps": stamps}, indent=2, ensure_ascii=False)
+        write_whole(self.data_file, text + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; floats are written so that they read back exactly.

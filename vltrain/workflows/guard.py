@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from vltrain.config import DataConfig, Recipe
 from vltrain.data.dataset import SampleDataset
+from vltrain.data.file_hashes import Stamp, hashed
 from vltrain.data.streaming import SampleStream
 from vltrain.errors import GpuMemoryError, VltrainError
 from vltrain.training.arguments import step_count
@@ -126,18 +127,39 @@ def samples_per_step(recipe: Recipe, processes: int) -> int:
     return batch * processes
 
 
-def data_fingerprint(data: DataConfig, samples: SampleDataset | SampleStream) -> dict[str, Any]:
+def data_fingerprint(
+    data: DataConfig,
+    samples: SampleDataset | SampleStream,
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What tells whether a run's data are those that it began with; pictures do not count.
+
+    Args:
+        data: the recipe's section.
+        samples: what is learned from.
+        before: what this said earlier: a file that is known by its stamp is not read again.
 
     Returns:
         `files`: bytes and SHA-256 of each, of a folder of what lies in it by name and size;
+        `stamps`: by what files are known, see `hashed`;
         `samples`: how many, their tokens, and a hash of their lengths in order, which tells
         of a data set on the hub; of a stream, which nobody has counted, nothing.
     """
     paths = [Path(file) for file in (*data.files, *data.eval_files)]
-    files = {str(path): _fingerprint(path) for path in paths if path.exists()}
+    before = before or {}
+    files: dict[str, Any] = {}
+    stamps: dict[str, Stamp] = {}
+    for path in (path for path in paths if path.exists()):
+        name = str(path)
+        if not path.is_file():
+            files[name] = _listed(path)
+            continue
+        known, stamp = (before.get(key, {}).get(name) for key in ("files", "stamps"))
+        files[name], stamp = hashed(path, known, stamp)
+        stamps |= {} if stamp is None else {name: stamp}
+    about = {"files": files, "stamps": stamps}
     if isinstance(samples, SampleStream):
-        return {"files": files, "samples": None}
+        return {**about, "samples": None}
     lengths = hashlib.sha256()
     for counts in (samples.lengths, samples.learned_tokens, samples.image_counts):
         lengths.update(np.asarray(counts, dtype=np.int64).tobytes())
@@ -146,14 +168,11 @@ def data_fingerprint(data: DataConfig, samples: SampleDataset | SampleStream) ->
         "tokens": int(samples.lengths.sum(dtype=np.int64)),
         "lengths": lengths.hexdigest(),
     }
-    return {"files": files, "samples": counted}
+    return {**about, "samples": counted}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _listed(path: Path) -> dict[str, Any]:
+    """The bytes of what lies in a folder, and a hash of names and sizes."""
     sizes = {str(f.relative_to(path)): f.stat().st_size for f in path.rglob("*") if f.is_file()}
     digest = hashlib.sha256(repr(sorted(sizes.items())).encode())
     return {"bytes": sum(sizes.values()), "sha256": digest.hexdigest()}
@@ -162,7 +181,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def refuse_changed_data(run: RunDir, here: Mapping[str, Any]) -> None:
     """Raise VltrainError where a run began with other data; it names the files."""
     there = run.read_data_fingerprint()
-    if there is None or all(there[key] == here[key] for key in here):
+    if there is None or all(there[key] == here[key] for key in ("files", "samples")):
         return
     changed = [
         f"{file} ({_bytes(there['files'].get(file))} then, {_bytes(here['files'].get(file))} now)"

@@ -132,7 +132,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     arguments = training_arguments(in_steps, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
     memory = check_memory(console, recipe, base, halves, arguments, engine)
-    fingerprint = data_fingerprint(recipe.data, halves.train)
+    fingerprint = data_fingerprint(recipe.data, halves.train, run.read_data_fingerprint())
     refuse_changed_data(run, fingerprint)
     with arguments.main_process_first():
         fetch_weights(base.source)
