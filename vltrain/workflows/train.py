@@ -48,7 +48,7 @@ from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
-from vltrain.training.universal import shared_out_anew
+from vltrain.training.universal import share_count, shared_out_anew
 from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.guard import (
     advised,
@@ -361,6 +361,8 @@ def fit(
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
     source = None if checkpoint is None else str(checkpoint)
     if checkpoint is not None and engine.reads_any_number:
+        shares, own = share_count(checkpoint), process_count()
+        console.print(f"its {shares} shares are shared out anew among {own}", soft_wrap=True)
         source = str(shared_out_anew(checkpoint))
     progress = ProgressBar(console)
     collator = Collator(base.processor.pad_id)
