@@ -31,7 +31,7 @@ def test_pictures_of_all_samples_are_stacked_in_order():
 
 
 def test_a_batch_without_pictures_has_no_pixels():
-    assert set(Collator(PAD)([sample(1)])) == {"input_ids", "attention_mask", "labels"}
+    assert "pixel_values" not in Collator(PAD)([sample(1)])
 
 
 def test_a_pad_token_that_somebody_wrote_stays_visible():
@@ -57,6 +57,13 @@ def test_nothing_predicts_the_first_token_of_a_sample_from_the_sample_before():
     batch = collate_rows([[learned_whole, learned_whole]])
 
     assert batch["labels"].tolist() == [[-100, 4, -100, 4]]
+
+
+def test_a_batch_names_the_places_before_learned_tokens():
+    quiet = {"input_ids": [3, 4, 5], "labels": [-100, -100, 5], "record": "train.json#0"}
+
+    assert Collator(PAD)([sample(1, 2), quiet])["learned_places"].tolist() == [0, 4]
+    assert collate_rows([[sample(1, 2), quiet]])["learned_places"].tolist() == [0, 3]
 
 
 def test_several_rows_are_one_long_row_with_their_pictures_in_order():

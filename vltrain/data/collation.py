@@ -29,17 +29,20 @@ class Collator:
         """Pad and stack.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64 [B, L]; `pixel_values`, float
+            `input_ids`, `attention_mask` and `labels`, int64 [B, L]; `learned_places`, int64,
+            where in B x L a token stands whose next one is learned; `pixel_values`, float
             [N, 3, S, S], only where a sample has a picture. The mask follows the lengths, not
             the ids: a pad token that somebody's text holds stays visible. `dropped`, list of
             str, only where samples are dropped: why, for each.
         """
         samples, told = _shown(samples)
         longest = max(len(sample["input_ids"]) for sample in samples)
+        labels = _padded([sample["labels"] for sample in samples], longest, IGNORE_INDEX)
         return {
             "input_ids": _padded([sample["input_ids"] for sample in samples], longest, self.pad_id),
             "attention_mask": _padded([[1] * len(s["input_ids"]) for s in samples], longest, 0),
-            "labels": _padded([sample["labels"] for sample in samples], longest, IGNORE_INDEX),
+            "labels": labels,
+            "learned_places": _places_before_learned(labels),
             **_pixels(samples),
             **told,
         }
@@ -54,19 +57,20 @@ def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     Returns:
         `input_ids`, `labels` and `position_ids`, int64 [1, T]; positions count from 0 in each
         sample. The first label of each sample is hidden: the token before it is another
-        sample's. `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [B + 1]: where each sample begins,
-        and T. `max_length_q` and `max_length_k`: int, tokens of the longest. `pixel_values`,
-        float [N, 3, S, S], only where a sample has a picture. `dropped`: as for `Collator`. No
-        `attention_mask`: there is
-        nothing to hide, and transformers reads the boundaries from the positions only where
-        none is given.
+        sample's. `learned_places`: as for `Collator`. `cu_seq_lens_q` and `cu_seq_lens_k`, int32
+        [B + 1]: where each sample begins, and T. `max_length_q` and `max_length_k`: int, tokens
+        of the longest. `pixel_values`, float [N, 3, S, S], only where a sample has a picture.
+        `dropped`: as for `Collator`. No `attention_mask`: there is nothing to hide, and
+        transformers reads the boundaries from the positions only where none is given.
     """
     samples, told = _shown(list(chain.from_iterable(rows)))
     lengths = [len(sample["input_ids"]) for sample in samples]
     boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    labels = _joined([IGNORE_INDEX, *sample["labels"][1:]] for sample in samples)
     return {
         "input_ids": _joined(sample["input_ids"] for sample in samples),
-        "labels": _joined([IGNORE_INDEX, *sample["labels"][1:]] for sample in samples),
+        "labels": labels,
+        "learned_places": _places_before_learned(labels),
         "position_ids": _joined(range(length) for length in lengths),
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
@@ -102,3 +106,9 @@ def _pixels(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """The pictures of all samples in order, where there is any."""
     pixels = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
     return {"pixel_values": torch.cat(pixels)} if pixels else {}
+
+
+def _places_before_learned(labels: Tensor) -> Tensor:
+    """Where in B x L a token stands whose next one is learned: int64, ascending."""
+    rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows * labels.size(1) + columns

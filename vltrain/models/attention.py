@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -66,6 +71,33 @@ def packed_mask(
         device=device,
         **rest,
     )
+
+
+def boundary_mask(
+    config: PreTrainedConfig,
+    embeddings: Tensor,
+    attention_mask: Tensor | None,
+    boundaries: Tensor | None,
+) -> Tensor | None:
+    """The mark that the kernel needs no mask, where a batch says itself that it is packed.
+
+    transformers looks for boundaries in the positions, for which the host waits until a GPU has
+    done all that it was asked before.
+
+    Args:
+        config: of the model.
+        embeddings: float [1, L, D].
+        attention_mask: None for packed rows.
+        boundaries: int32 [samples + 1], `cu_seq_lens_q` of the batch; None where it has none.
+
+    Returns:
+        An empty tensor; None where a mask is to be made as for any batch.
+    """
+    if config._attn_implementation != PACKED or attention_mask is not None or boundaries is None:
+        return None
+    if not kernel_serves(embeddings.device, embeddings.dtype):
+        return None
+    return torch.empty(0, dtype=torch.bool, device=embeddings.device)
 
 
 def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 ROWS = 256  # of the logits that are widened to float32 at a time
@@ -47,8 +48,25 @@ def _row_blocks(count: int) -> list[slice]:
     return [slice(start, start + ROWS) for start in range(0, count, ROWS)]
 
 
+def learned_places(labels: Tensor) -> Tensor:
+    """Where in B x L a token stands whose next one is learned.
+
+    Args:
+        labels: int64 [B, L], unshifted, -100 where nothing is learned.
+
+    Returns:
+        int64 [T], ascending.
+    """
+    next_one = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return (next_one != IGNORE_INDEX).flatten().nonzero()[:, 0]
+
+
 def learned_loss(
-    hidden_states: Tensor, head: nn.Module, labels: Tensor, num_items: Tensor | int | None
+    hidden_states: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    num_items: Tensor | int | None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The loss over learned tokens. The head is called once, whatever the batch holds.
 
@@ -58,15 +76,19 @@ def learned_loss(
         labels: int64 [B, L], unshifted, -100 where nothing is learned.
         num_items: learned tokens of the whole accumulated batch, to divide the sum by; None:
             those of this batch.
+        places: int64 [T], where in B x L a token stands whose next one is learned, ascending.
+            None: they are looked for in `labels`, for which the host waits until a GPU has
+            done all that it was asked before.
 
     Returns:
         float32 scalar; not a number where nothing is learned and `num_items` is None.
     """
-    targets = labels[:, 1:]
-    learned = targets != IGNORE_INDEX
-    logits = head(hidden_states[:, :-1][learned])
-    targets = targets[learned]
-    total = SummedCrossEntropy.apply(logits, targets.to(logits.device))
+    if places is None:
+        places = learned_places(labels)
+    places = places.to(hidden_states.device)
+    logits = head(hidden_states.flatten(0, 1).index_select(0, places))
+    targets = labels.to(logits.device).flatten().index_select(0, places.to(logits.device) + 1)
+    total = SummedCrossEntropy.apply(logits, targets)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     return total / (targets.numel() if num_items is None else num_items)

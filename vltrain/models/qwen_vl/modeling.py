@@ -20,10 +20,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from vltrain.models.attention import boundary_mask
 from vltrain.models.loss import learned_loss
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
 from vltrain.models.qwen_vl.positions import log_n_scale, ntk_alpha, rotary_tables, rotate
 from vltrain.models.qwen_vl.vision import Resampler, VisionTower, sincos_2d
+
+
+def host_would_wait(device: torch.device) -> bool:
+    """Whether a look at a tensor's values makes the host wait for the device."""
+    return device.type == "cuda"
 
 
 class RMSNorm(nn.Module):
@@ -224,18 +230,36 @@ class QwenVLModel(QwenVLPreTrainedModel):
         """
         embeddings = self.wte(input_ids)
         vision = self.config.vision
-        places = input_ids == vision.image_pad_id
         pictures = 0 if pixel_values is None else pixel_values.size(0)
-        wanted = 0 if said and pictures == 0 else int(places.sum())
-        if wanted != pictures * vision.n_queries:
-            raise ValueError(
-                f"input_ids have {wanted} <imgpad>, but {pictures} pictures of {vision.n_queries} "
-                f"image tokens each need {pictures * vision.n_queries}"
-            )
+        places = input_ids == vision.image_pad_id
+        if pictures or not said:
+            self._check_places(places, pictures)
         if pixel_values is None or pictures == 0:
             return embeddings + self._unseen(embeddings) if self.sees_always else embeddings
-        image_tokens = self.visual(pixel_values).to(embeddings.dtype)
-        return embeddings.masked_scatter(places[..., None], image_tokens)
+        image_tokens = self.visual(pixel_values).to(embeddings.dtype).flatten(0, 1)
+        # Of the n-th image token the place is where n places have been counted.
+        counted = places.flatten().cumsum(0)
+        numbers = torch.arange(1, len(image_tokens) + 1, device=counted.device)
+        where = torch.searchsorted(counted, numbers)
+        return embeddings.flatten(0, 1).index_copy(0, where, image_tokens).view_as(embeddings)
+
+    def _check_places(self, places: Tensor, pictures: int) -> None:
+        """Raise ValueError unless bool [B, L] has as many places as the pictures have image tokens.
+
+        In training on a GPU the device looks, and ends the run: the host would wait for it in
+        each batch, and what the processor has encoded fits.
+        """
+        queries = self.config.vision.n_queries
+        needed = pictures * queries
+        if self.training and host_would_wait(places.device):
+            torch._assert_async(places.sum() == needed, "pictures and <imgpad> differ in number")
+            return
+        wanted = int(places.sum())
+        if wanted != needed:
+            raise ValueError(
+                f"input_ids have {wanted} <imgpad>, but {pictures} pictures of {queries} "
+                f"image tokens each need {needed}"
+            )
 
     def _unseen(self, embeddings: Tensor) -> Tensor:
         """Zero, as a function of the tower: a blank picture of which no token is used.
@@ -286,13 +310,16 @@ class QwenVLModel(QwenVLPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        boundaries = kwargs.get("cu_seq_lens_q")
+        mask = boundary_mask(self.config, inputs_embeds, attention_mask, boundaries)
+        if mask is None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         alpha = self._rotary_scale(inputs_embeds, position_ids, past_key_values, cached)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.size(1), device=inputs_embeds.device)[None]
@@ -383,6 +410,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        learned_places: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the loss; in training mode with labels the loss alone.
@@ -395,6 +423,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many positions only; 0 for all.
             num_items_in_batch: learned tokens of the whole accumulated batch: the loss is then
                 the sum over this batch divided by it, else the mean.
+            learned_places: int64 [T], where in B x L a token stands whose next one is learned;
+                None: looked for in `labels`.
 
         Returns:
             `.logits` float [B, L, vocab_size], None where only a loss is to be learned from;
@@ -416,7 +446,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = learned_loss(hidden, self.lm_head, labels, num_items_in_batch)
+            loss = learned_loss(hidden, self.lm_head, labels, num_items_in_batch, learned_places)
         if labels is None or not self.training:
             count = isinstance(logits_to_keep, int)
             kept = slice(-logits_to_keep, None) if count else logits_to_keep
