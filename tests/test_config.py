@@ -404,6 +404,33 @@ def test_packed_rows_have_no_other_order_than_their_own():
     assert "data.packing: false" in fault
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("batch.samples=8",), "set data.packing: true"),
+        (
+            ("batch.samples=8", "data.packing=true", "trainer.gradient_accumulation_steps=8"),
+            "and trainer.gradient_accumulation_steps too",
+        ),
+        (("data.row_tokens=4096",), "data.packing is false"),
+        (
+            ("data.row_tokens=1024", "data.packing=true"),
+            "a row of 1024 tokens does not hold a sample of data.max_length (2048)",
+        ),
+    ],
+)
+def test_steps_and_rows_that_contradict_each_other_are_refused(overrides, words):
+    assert words in fault_of(*overrides)
+
+
+def test_a_step_said_in_samples_comes_whole(tmp_path: Path):
+    recipe = from_file(tmp_path, SMALLEST + "  packing: true\nbatch: {samples: 8}\n")
+
+    assert recipe.batch.samples == 8
+    assert recipe.trainer["gradient_accumulation_steps"] == 1
+    assert from_file(tmp_path, recipe_to_yaml(recipe)) == recipe
+
+
 def test_a_mix_names_files_with_weights_or_numbers_of_samples(tmp_path: Path):
     text = SMALLEST.replace("a.json", "[a.json, b.json]") + (
         "  mix:\n  - {file: a.json, weight: 2}\n  - {file: b.json, samples: 100}\n"

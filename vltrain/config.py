@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from vltrain.data_config import DataConfig, MixEntry, data_faults
+from vltrain.data_config import BatchConfig, DataConfig, MixEntry, batch_faults, data_faults
 from vltrain.errors import VltrainError
 from vltrain.method_config import (
     FOREIGN_SECTIONS,
@@ -57,6 +57,7 @@ class Recipe:
     full: FullConfig = field(default_factory=FullConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     lr: LearningRates = field(default_factory=LearningRates)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
@@ -74,6 +75,7 @@ SECTIONS = {
     "full": FullConfig,
     "freeze": FreezeConfig,
     "lr": LearningRates,
+    "batch": BatchConfig,
 }
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -96,6 +98,8 @@ METHOD_DEFAULTS: dict[Method, dict[str, Any]] = {
     "qlora": ADAPTER_DEFAULTS,
     "full": {"learning_rate": 1e-5, "gradient_accumulation_steps": 16},
 }
+# Where batch.samples says what a step is, what the Trainer takes for a batch is all of a step.
+WHOLE_STEPS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 
 NOT_YOURS_TO_SET = {
     "output_dir": ("the run directory is the recipe's own `output`", "set output instead"),
@@ -265,7 +269,8 @@ def _with_defaults(recipe: Recipe) -> dict[str, Any]:
     after each epoch; with every checkpoint where the best one is to be kept, as
     `TrainingArguments` demands.
     """
-    settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | recipe.trainer
+    by_samples = {} if recipe.batch.samples is None else WHOLE_STEPS
+    settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | by_samples | recipe.trainer
     settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
         if settings.get(key) is False:  # what YAML makes of a bare `no`
@@ -289,6 +294,7 @@ def _contradictions(recipe: Recipe) -> Iterator[Fault]:
             "take out deepspeed, or set engine: deepspeed",
         )
     yield from data_faults(recipe.data, recipe.trainer)
+    yield from batch_faults(recipe.batch, recipe.data, recipe.trainer)
     yield from method_faults(
         recipe.method,
         recipe.dtype,

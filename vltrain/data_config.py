@@ -49,7 +49,9 @@ class DataConfig:
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
-    packing: bool = False  # rows of up to max_length tokens hold several samples each
+    packing: bool = False  # rows of up to row_tokens tokens hold several samples each
+    # Tokens of a packed row. auto: data.max_length; with batch.samples, on a GPU, at least 16,384.
+    row_tokens: Literal["auto"] | Annotated[int, Ge(1)] = "auto"
     streaming: bool = False  # read records as they come, over and over; needs trainer.max_steps
     shuffle_buffer: Annotated[int, Ge(1)] = (
         10_000  # records held, of which streaming draws the next
@@ -62,11 +64,40 @@ class DataConfig:
         return bool(self.eval_files) or self.eval_share > 0
 
 
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much a step learns from, said in samples."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    samples: Annotated[int, Ge(1)] | None = None  # of a step, all processes together; None: by rows
+
+
+def batch_faults(batch: BatchConfig, data: DataConfig, trainer: dict[str, Any]) -> Iterator[Fault]:
+    """Steps that are said in two ways, or that nothing packs."""
+    if batch.samples is None:
+        return
+    if not data.packing:
+        yield (
+            "batch.samples",
+            "batch.samples packs the samples of a step, and data.packing is false",
+            "set data.packing: true, or say it by trainer.gradient_accumulation_steps",
+        )
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if trainer.get(key, 1) != 1:
+            yield (
+                f"trainer.{key}",
+                f"batch.samples says how many samples make a step, and trainer.{key} too",
+                "keep one of the two",
+            )
+
+
 def data_faults(data: DataConfig, trainer: dict[str, Any]) -> Iterator[Fault]:
     """Combinations that cannot work, whatever is in the files."""
     yield from _held_out_faults(data)
     if data.streaming:
         yield from _streaming_faults(data, trainer)
+    yield from _row_faults(data)
     yield from _mix_faults(data)
     yield from _order_faults(data, trainer)
     yield from _evaluation_faults(data, trainer)
@@ -106,6 +137,25 @@ def _streaming_faults(data: DataConfig, trainer: dict[str, Any]) -> Iterator[Fau
     if trainer.get("train_sampling_strategy", "random") != "random":
         what = "the order of a stream is that of its files, through a buffer"
         yield "trainer.train_sampling_strategy", what, known
+
+
+def _row_faults(data: DataConfig) -> Iterator[Fault]:
+    """Rows of a length that nothing has, or that not every sample fits."""
+    if data.row_tokens == "auto":
+        return
+    if not data.packing:
+        yield (
+            "data.row_tokens",
+            "rows are packed samples, and data.packing is false",
+            "take it out, or set data.packing: true",
+        )
+    elif data.row_tokens < data.max_length:
+        yield (
+            "data.row_tokens",
+            f"a row of {data.row_tokens} tokens does not hold a sample of data.max_length "
+            f"({data.max_length})",
+            "raise data.row_tokens, or lower data.max_length",
+        )
 
 
 def _mix_faults(data: DataConfig) -> Iterator[Fault]:

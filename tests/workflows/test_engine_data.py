@@ -33,6 +33,7 @@ BEST = (  # the worst of the checkpoints, so that it is not the last
 BEST_CELLS = ("lora-ddp", "lora-zero3", "full-ddp", "full-zero2", "full-zero3")
 EPOCHS = ("trainer.max_steps=-1", "trainer.num_train_epochs=2", BY_ONE)
 PACKED = ("data.packing=true", "data.max_length=200")
+SAMPLES = (*PACKED, "batch.samples=4")  # in more rows than one for each process
 BF16 = ("dtype=bf16", "trainer.max_steps=2", BY_ONE)
 ZERO2_FILE, ZERO3_FILE = (f"deepspeed={ORIGINAL}/ds_config_zero{stage}.json" for stage in (2, 3))
 
@@ -68,6 +69,9 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
         place.recipe("mix", "lora", BY_TWO, mix_of(place, 12), "engine=ddp"),
         place.recipe("mix-epochs", "lora", *EPOCHS, mix_of(place, 13), "deepspeed=zero3"),
         place.recipe("packed-epochs", "lora", *EPOCHS, *PACKED, "engine=ddp"),
+        place.recipe("samples", "lora", *SAMPLES, "engine=ddp"),
+        place.recipe("samples-zero2", "lora", *SAMPLES, "deepspeed=zero2"),
+        place.recipe("samples-zero3", "lora", *SAMPLES, "deepspeed=zero3"),
         best(place, "lora-ddp", BY_TWO, "engine=ddp"),
         best(place, "lora-zero3", BY_TWO, "deepspeed=zero3"),
         best(place, "full-ddp", BY_TWO, "engine=ddp"),
@@ -114,6 +118,9 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         ("stream", "whole-stream"),
         ("stream-zero3", "whole-stream"),
         ("mix", "whole-mix"),
+        ("samples", "whole"),
+        ("samples-zero2", "whole"),
+        ("samples-zero3", "whole"),
         *((f"best-{cell}", f"best-{cell[:4]}") for cell in BEST_CELLS),
     ],
 )

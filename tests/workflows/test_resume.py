@@ -22,6 +22,13 @@ from vltrain.training.run_dir import RunDir
 pytestmark = pytest.mark.slow
 
 PACKED = ("data.packing=true", "data.max_length=270", "trainer.gradient_accumulation_steps=1")
+SAMPLES = (
+    "data.packing=true",
+    "data.max_length=270",
+    "batch.samples=3",
+    "trainer.gradient_accumulation_steps=1",
+    "trainer.save_steps=3",
+)
 # Checkpoints in the middle of an epoch of two steps, also on two processes.
 MIDWAY = ("trainer.gradient_accumulation_steps=1", "trainer.save_steps=3")
 WORKERS = ("trainer.dataloader_num_workers=2",)
@@ -102,6 +109,8 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     [
         pytest.param("lora", (), 20, 1, id="lora-padded"),
         pytest.param("lora", (*PACKED, *MIDWAY, *WORKERS), 2, 1, id="lora-packed-workers"),
+        pytest.param("lora", (*SAMPLES, *WORKERS), 2, 1, id="lora-packed-steps-workers"),
+        pytest.param("lora", SAMPLES, 2, 2, id="lora-packed-steps-ddp"),
         pytest.param("lora", (*SPARSE, *WORKERS), 2, 1, id="lora-sparse-logs-eval-workers"),
         pytest.param("lora", ("data.streaming=true", *MIDWAY), 2, 1, id="lora-streamed"),
         pytest.param("full", WORKERS, 2, 1, id="full-padded-workers"),

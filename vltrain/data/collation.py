@@ -86,9 +86,8 @@ def _shown(
 ) -> tuple[Sequence[dict[str, Any]], dict[str, list[str]]]:
     """The samples that are there, at least one, and what a batch tells of the dropped ones."""
     dropped = [sample[DROPPED] for sample in samples if DROPPED in sample]
-    if not dropped:
-        return samples, {}
-    return [sample for sample in samples if DROPPED not in sample] or [NOTHING], {DROPPED: dropped}
+    shown = [sample for sample in samples if DROPPED not in sample] or [NOTHING]
+    return shown, {DROPPED: dropped} if dropped else {}
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, filler: int) -> Tensor:

@@ -43,7 +43,15 @@ from vltrain.data.sources import files_of
 TABLE_FORMAT = 1  # raised when tables, or what is written into them, become others
 PICTURES_FILE, REPORT_FILE = "pictures.arrow", "report.json"
 # Keys of the recipe's section that no record is read or checked by.
-_WITHOUT_EFFECT = ("eval_share", "mix", "packing", "streaming", "shuffle_buffer", "cache_dir")
+_WITHOUT_EFFECT = (
+    "eval_share",
+    "mix",
+    "packing",
+    "row_tokens",
+    "streaming",
+    "shuffle_buffer",
+    "cache_dir",
+)
 
 
 @dataclass(frozen=True)

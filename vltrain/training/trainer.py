@@ -22,12 +22,14 @@ from vltrain.data.encoding import IGNORE_INDEX
 from vltrain.data.mixing import Mix
 from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import PackedDataset
+from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.learning_rates import split_groups
 from vltrain.training.resumable import ResumableTrainer
+from vltrain.training.step_batches import ROWS, StepBatches, in_turn
 from vltrain.training.stopping import LeaveSignals
 from vltrain.training.universal import drop_shares, part_groups
 
@@ -84,6 +86,10 @@ class EpochOrder(Sampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def keys(self, epoch: int) -> Iterable[Any]:
+        """Those of an epoch, whichever is set."""
+        return self._keys_of(epoch)
+
     def __len__(self) -> int:
         return self._count
 
@@ -94,6 +100,12 @@ class EpochOrder(Sampler[Any]):
 def row_order(dataset: PackedDataset, seed: int) -> EpochOrder:
     """The rows of a packed data set, packed and shuffled anew for each epoch."""
     return EpochOrder(lambda epoch: dataset.rows(seed=seed, epoch=epoch), len(dataset))
+
+
+def step_order(dataset: StepRows, seed: int, mix: Mix | None = None) -> EpochOrder:
+    """The shares of steps whose samples come in the order of unpacked ones."""
+    samples = sample_order(np.asarray(dataset.samples.lengths), seed, mix=mix)
+    return EpochOrder(lambda epoch: dataset.shares(samples.keys(epoch)), len(dataset))
 
 
 def sample_order(
@@ -164,6 +176,8 @@ class Trainer(ResumableTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = fsdp2_precision(torch.bfloat16)
         self._eval_collator = eval_collator or self.data_collator
+        if isinstance(self.train_dataset, StepRows):
+            self.data_collator = StepBatches(self.data_collator)
         self._order: EpochOrder | None = None  # of the samples or rows; None: not known yet
         self._counts = TokenCounts()
         self._counted_since = time.perf_counter()
@@ -175,6 +189,18 @@ class Trainer(ResumableTrainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of one batch, gone back through; of a step that comes whole, the sum of all."""
+        if ROWS not in inputs:
+            return self._batch_step(model, inputs, num_items_in_batch)
+        losses = []
+        for batch, context in in_turn(self.accelerator, model, inputs[ROWS]):
+            with context:
+                losses.append(self._batch_step(model, batch, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _batch_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
         self._counts.add(inputs.get("attention_mask"), inputs["labels"])
         self._note_dropped(inputs.pop(DROPPED, ()))
@@ -194,7 +220,17 @@ class Trainer(ResumableTrainer):
         """The batches of a step and how many tokens it learns, which its loss is divided by: at
         least one, or a step whose samples are all dropped would divide by zero."""
         batches, learned = super().get_batch_samples(*args, **kwargs)
+        rows = [row for batch in batches for row in batch.get(ROWS, ())]
+        if rows:
+            _, learned = super().get_batch_samples(iter(rows), len(rows), self.args.device)
         return batches, learned.clamp(min=1) if isinstance(learned, Tensor) else learned
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(Trainer, self).floating_point_ops(b) for b in inputs.get(ROWS, [inputs]))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for batch in inputs.get(ROWS, [inputs]):
+            super()._track_num_input_tokens(batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -222,6 +258,8 @@ class Trainer(ResumableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(dataset, PackedDataset):
             return row_order(dataset, seed)
+        if isinstance(dataset, StepRows):
+            return step_order(dataset, seed, self._mix)
         if self.args.train_sampling_strategy == "random":
             return sample_order(dataset.lengths, seed, mix=self._mix)
         if self.args.train_sampling_strategy == "group_by_length":

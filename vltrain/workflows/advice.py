@@ -74,7 +74,11 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
             f"trainer.gradient_accumulation_steps: {steps * 2}; the losses stay",
             lambda run: replace(run, batch=scaled(run.batch, half)),
         )
-    if data.packing:
+    wide = 0 if run is None or recipe.batch.samples is None else run.batch.row_tokens
+    if wide > data.max_length:
+        half = max(data.max_length, wide // 2)
+        yield Advice(f"data.row_tokens: {half}; the losses stay", _half_as_long)
+    elif data.packing:
         yield Advice(
             f"data.max_length: {data.max_length // 2}; rows are as long as that", _half_as_long
         )

@@ -121,7 +121,9 @@ def in_steps_of_before(recipe: Recipe, run: RunDir, processes: int) -> Recipe:
 
 
 def samples_per_step(recipe: Recipe, processes: int) -> int:
-    """Samples, or rows where they are packed, between two updates, of all processes."""
+    """Samples, or rows of the epoch's packed ones, between two updates, of all processes."""
+    if recipe.batch.samples is not None:
+        return recipe.batch.samples
     trainer = recipe.trainer
     batch = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
     return batch * processes

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe
+from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
 from vltrain.errors import VltrainError
 from vltrain.models.loading import DTYPES
@@ -26,7 +28,8 @@ from vltrain.training.memory import (
 )
 from vltrain.training.moments import Sharing, Work
 from vltrain.training.optimizer_bytes import Optimizer
-from vltrain.workflows.run_data import Halves
+from vltrain.training.trainer import step_order
+from vltrain.workflows.run_data import Halves, Packer
 
 LABELS: dict[Place, str] = {
     "vision": "vision tower",
@@ -83,7 +86,7 @@ def work_of(
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
     if held in HELD:
         optimizer = Optimizer("adamw_8bit", residual=held == "residual")
-    accumulates = arguments.gradient_accumulation_steps > 1
+    accumulates = arguments.gradient_accumulation_steps > 1 or recipe.batch.samples is not None
     return Work(compute, optimizer, accumulates, sharing_of(engine, processes))
 
 
@@ -125,13 +128,21 @@ def largest_batch_of(
         return assumed_batch(recipe, sizes, pictures=1, rows=count)
     if rows is None:
         return padded_batch(samples.lengths, samples.learned_tokens, samples.image_counts, count)
+    if isinstance(rows, StepRows):
+        order = step_order(rows, arguments.seed, halves.mix)
+        packed = [row for share in order for row in share]
+        row_tokens = most_of_a_row(samples.lengths, rows)
+    else:
+        packed, row_tokens = rows.rows(seed=arguments.seed, epoch=0), rows.row_tokens
     return packed_batch(
-        rows.rows(seed=arguments.seed, epoch=0),
-        samples.learned_tokens,
-        samples.image_counts,
-        row_tokens=rows.row_tokens,
-        rows=count,
+        packed, samples.learned_tokens, samples.image_counts, row_tokens=row_tokens, rows=count
     )
+
+
+def most_of_a_row(lengths: Sequence[int], rows: StepRows) -> int:
+    """Tokens that a row of a step may hold: the budget, or the longest samples of a step."""
+    longest = np.sort(np.asarray(lengths))[-rows.step_samples :]
+    return min(rows.row_tokens, int(longest.sum()))
 
 
 def padded_batch(
@@ -190,7 +201,17 @@ def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -
             what=f"{pictures} take {seen} tokens, and a sample has {room} (data.max_length)",
             fix="give fewer pictures, or raise data.max_length",
         )
-    return BatchSizes(rows, room, rows * (room - seen), rows * pictures)
+    row_tokens, together = room, 1
+    if recipe.batch.samples is not None:
+        budget = Packer(recipe.data, recipe.batch.samples, processes=1, seed=0).row_tokens
+        together = min(recipe.batch.samples, budget // room)
+        row_tokens = together * room
+    elif recipe.data.packing and recipe.data.row_tokens != "auto":
+        row_tokens = recipe.data.row_tokens
+        together = row_tokens // room
+    return BatchSizes(
+        rows, row_tokens, rows * (row_tokens - together * seen), rows * together * pictures
+    )
 
 
 def gpu_memory() -> int | None:

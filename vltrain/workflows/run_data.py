@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -17,11 +18,13 @@ from vltrain.data.packing import PackedDataset
 from vltrain.data.pictures import pictures_of
 from vltrain.data.prepared import check_as_run, prepare
 from vltrain.data.sample_table import SampleTable
+from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import Limits, SampleStream, Split
 from vltrain.errors import VltrainError
 from vltrain.models.loading import foreign_id_error
 from vltrain.workflows.inspect import checking_bar, print_report, refuse_errors
 
+WIDE_ROW = 16_384  # tokens: a GPU's large matrix products are near its peak by then
 STREAM_CHECKED = 1000  # records of each streamed file that are checked before the run
 
 
@@ -32,12 +35,14 @@ class Halves:
     train: SampleDataset | SampleStream
     evaluation: SampleDataset | None  # never packed: its loss compares with that of any run
     mix: Mix | None = None  # what an epoch shows of `train`; None: each sample once
-    rows: PackedDataset | None = None  # the samples of an epoch, where the recipe packs them
+    rows: PackedDataset | StepRows | None = None  # the epoch's samples, where they are packed
     dropped: int = 0  # records that were left out: too long, or with a bad picture
 
     @property
     def epoch_units(self) -> tuple[int, str]:
         """What an epoch has of what a step takes: samples, or rows of them; 0 of a stream."""
+        if isinstance(self.rows, StepRows):
+            return len(self.rows), "shares of steps"
         if self.rows is not None:
             return len(self.rows), "rows"
         if self.mix is not None:
@@ -67,6 +72,7 @@ def read_data(
     seed: int,
     split: Split,
     vocabulary_size: int,
+    step_samples: int | None = None,
 ) -> Halves:
     """Check the data and make it ready.
 
@@ -80,13 +86,16 @@ def read_data(
         seed: of all that chance decides.
         split: which batches of a stream are this process's.
         vocabulary_size: ids of a stream's samples must be below it.
+        step_samples: of each optimizer step, to be packed step by step; None: packed samples
+            fill rows of the whole epoch.
 
     Raises:
         VltrainError: all that is wrong with the files.
     """
     reader = RecordReader(processor, data.labels, pictures_of(data), data.format, data.bad_pictures)
     if not data.streaming:
-        return _tables(console, data, reader, seed)
+        packer = Packer(data, step_samples, split.processes, seed)
+        return _tables(console, data, reader, seed, packer)
     _check_begin(console, data, processor)
     files = replace(data, files=data.eval_files, eval_files=())
     return Halves(
@@ -129,7 +138,9 @@ def _prepared(
     return prepared.table, prepared.report
 
 
-def _tables(console: Console, data: DataConfig, reader: RecordReader, seed: int) -> Halves:
+def _tables(
+    console: Console, data: DataConfig, reader: RecordReader, seed: int, packer: "Packer"
+) -> Halves:
     """What is learned from and evaluated on, of files that are checked whole."""
     table, report = _prepared(console, data, reader.processor)
     # Files come one after the other: first those to learn from.
@@ -144,7 +155,7 @@ def _tables(console: Console, data: DataConfig, reader: RecordReader, seed: int)
         train=samples,
         evaluation=_for_evaluation(table, report, reader, held_out) if data.has_eval else None,
         mix=mix,
-        rows=_rows(samples, data, mix, seed) if data.packing else None,
+        rows=packer.rows(samples, mix) if data.packing else None,
         dropped=report.dropped,
     )
 
@@ -161,14 +172,41 @@ def _for_evaluation(
     return SampleDataset(table, replace(reader, bad_pictures="error"), numbers)
 
 
-def _rows(samples: SampleDataset, data: DataConfig, mix: Mix | None, seed: int) -> PackedDataset:
-    """The samples of an epoch, packed.
+@dataclass(frozen=True)
+class Packer:
+    """How a recipe packs samples."""
 
-    What a mix draws of a file is drawn once and shown in every epoch: other samples would fill
-    another number of rows, and a run that resumes counts its steps in rows.
-    """
-    numbers = None if mix is None else mix.numbers(seed=seed, epoch=0)
-    return PackedDataset(samples, data.max_length, numbers)
+    data: DataConfig
+    step_samples: int | None  # of an optimizer step; None: rows come of the whole epoch
+    processes: int
+    seed: int
+
+    @property
+    def row_tokens(self) -> int:
+        """How many tokens a row may hold. Long rows are for the kernel that a GPU has: elsewhere
+        each token of a row is held against each."""
+        if self.data.row_tokens != "auto":
+            return self.data.row_tokens
+        wide = self.step_samples is not None and torch.cuda.is_available()
+        return max(self.data.max_length, WIDE_ROW if wide else 0)
+
+    def rows(self, samples: SampleDataset, mix: Mix | None) -> PackedDataset | StepRows:
+        """The samples of an epoch, packed.
+
+        Without steps of so many samples, what a mix draws of a file is drawn once and shown in
+        every epoch: other samples would fill another number of rows, and a run that resumes
+        counts its steps in rows.
+        """
+        if self.step_samples is not None:
+            return StepRows(
+                samples,
+                step_samples=self.step_samples,
+                row_tokens=self.row_tokens,
+                epoch_samples=None if mix is None else len(mix),
+                processes=self.processes,
+            )
+        numbers = None if mix is None else mix.numbers(seed=self.seed, epoch=0)
+        return PackedDataset(samples, self.row_tokens, numbers)
 
 
 def _refuse_empty(samples: int, report: Report) -> None:
@@ -216,7 +254,12 @@ def plan_of(halves: Halves) -> Iterator[str]:
     if halves.evaluation is not None:
         yield f"{len(halves.evaluation):,} samples to evaluate on"
     rows = halves.rows
-    if rows is not None:
+    if isinstance(rows, StepRows):
+        yield (
+            f"the {rows.step_samples:,} samples of each step are packed into rows of up to "
+            f"{rows.row_tokens:,} tokens"
+        )
+    elif rows is not None:
         yield (
             f"packed into {len(rows):,} rows of up to {rows.row_tokens:,} tokens, "
             f"{rows.fill:.1%} full"

@@ -232,6 +232,7 @@ def read_halves(
         seed=arguments.seed,
         split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
         vocabulary_size=base.vocabulary_size,
+        step_samples=recipe.batch.samples,
     )
     for half in (halves.train, halves.evaluation):
         if isinstance(half, SampleDataset):
@@ -325,9 +326,11 @@ def show_plan(
     console.print(parts)
     for line in plan_of(halves):
         console.print(line, soft_wrap=True)
+    units, noun = halves.epoch_units
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     step *= process_count()
-    units, noun = halves.epoch_units
+    if recipe.batch.samples is not None:
+        step, noun = recipe.batch.samples, "samples"
     console.print(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {run_dtype(recipe)}, on {arguments.device}"
