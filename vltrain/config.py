@@ -58,9 +58,15 @@ class Recipe:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     lr: LearningRates = field(default_factory=LearningRates)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    compile: Literal["auto"] | bool = False  # the layers; auto: on a GPU where it is known to work
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
+
+    @property
+    def arranges_layers(self) -> bool:
+        """Whether the recipe says itself how layers are run, in the place of transformers."""
+        return self.compile is not False
 
     @property
     def needs_processes(self) -> bool:
@@ -292,6 +298,12 @@ def _contradictions(recipe: Recipe) -> Iterator[Fault]:
             "deepspeed",
             f"engine is {recipe.engine}, and deepspeed: {recipe.deepspeed} is given",
             "take out deepspeed, or set engine: deepspeed",
+        )
+    if recipe.arranges_layers and recipe.trainer.get("gradient_checkpointing_kwargs"):
+        yield (
+            "trainer.gradient_checkpointing_kwargs",
+            "with `compile` layers are not recomputed by transformers, whose settings these are",
+            "take them out, or set compile: false",
         )
     yield from data_faults(recipe.data, recipe.trainer)
     yield from batch_faults(recipe.batch, recipe.data, recipe.trainer)

@@ -66,7 +66,10 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
         "dataloader_pin_memory": torch.cuda.is_available(),
         "eval_strategy": "no",
     }
-    settings = implied | _current_names(recipe.trainer, known) | engine_settings(engine)
+    if recipe.arranges_layers:
+        implied["ddp_find_unused_parameters"] = False
+    trainer = recipe.trainer | ({"gradient_checkpointing": False} if recipe.arranges_layers else {})
+    settings = implied | _current_names(trainer, known) | engine_settings(engine)
     try:
         arguments = TrainingArguments(
             output_dir=str(recipe.output), remove_unused_columns=False, **settings

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from vltrain.data.mixing import Mix
+from vltrain.models.layer_runs import LayerRuns
 from vltrain.training.trainer import Trainer
 
 
@@ -55,6 +56,7 @@ def measure(
     dataset: Dataset,
     collator: Callable[..., dict[str, Any]],
     mix: Mix | None = None,
+    layers: LayerRuns | None = None,
 ) -> Measured:
     """Train as `arguments` say, and return what it took.
 
@@ -63,6 +65,7 @@ def measure(
     Args:
         arguments: with as many `max_steps` as are to be measured, and nothing to be saved.
         mix: what an epoch shows of `dataset`; None: each sample once.
+        layers: how the model's layers are run; None: as `arguments` have it.
     """
     clock = StepClock()
     trainer = Trainer(
@@ -71,6 +74,7 @@ def measure(
         train_dataset=dataset,
         data_collator=collator,
         mix=mix,
+        layers=layers,
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)

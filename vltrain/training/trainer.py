@@ -24,6 +24,7 @@ from vltrain.data.ordering import grouped_by_length
 from vltrain.data.packing import PackedDataset
 from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
+from vltrain.models.layer_runs import LayerRuns, arrange_layers
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.held_out import HeldOutShare, LossSum
@@ -155,9 +156,10 @@ class Trainer(ResumableTrainer):
         eval_collator: Callable[..., dict[str, Any]] | None = None,
         engine: Engine = NO_ENGINE,
         rate: Callable[[str], float] | None = None,
+        layers: LayerRuns | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `ResumableTrainer`, and four things more.
+        """As `ResumableTrainer`, and five things more.
 
         Args:
             mix: which of the samples an epoch shows; None: each once.
@@ -165,8 +167,11 @@ class Trainer(ResumableTrainer):
                 training are.
             engine: what the model must run under when training begins.
             rate: the learning rate of a parameter, by its name; None: the same for all.
+            layers: how the model's layers are run; None: as the arguments have it.
         """
         super().__init__(*args, **kwargs)
+        if layers is not None:
+            arrange_layers(self.model, layers)
         self._mix = mix
         self._engine = engine
         self._rate = rate

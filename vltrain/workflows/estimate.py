@@ -22,7 +22,7 @@ from vltrain.models.quantization import Nf4, pack_in_place
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
-from vltrain.training.engines import Machine, choose_engine
+from vltrain.training.engines import NO_ENGINE, Machine, choose_engine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
 from vltrain.workflows.memory import (
@@ -38,6 +38,7 @@ from vltrain.workflows.memory import (
 from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
+    layer_runs_of,
     let_learn,
     refuse_unfit_base,
     refuse_unfit_engine,
@@ -224,6 +225,7 @@ def probe_epoch(recipe: Recipe, base: Base, halves: Halves) -> EpochTime:
             halves.train if halves.rows is None else halves.rows,
             Collator(base.processor.pad_id) if halves.rows is None else collate_rows,
             halves.mix,
+            layer_runs_of(recipe, NO_ENGINE),
         )
     return EpochTime(measured.seconds_per_step(WARMUP_STEPS), epoch_steps(recipe, halves))
 

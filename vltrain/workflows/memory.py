@@ -29,6 +29,7 @@ from vltrain.training.memory import (
 from vltrain.training.moments import Sharing, Work
 from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.training.trainer import step_order
+from vltrain.workflows.prepare import layer_runs_of
 from vltrain.workflows.run_data import Halves, Packer
 
 LABELS: dict[Place, str] = {
@@ -78,6 +79,9 @@ def work_of(
     checkpointing = getattr(arguments, "activation_checkpointing", None)
     if checkpointing is None:  # its name before transformers 5.23
         checkpointing = arguments.gradient_checkpointing
+    layers = layer_runs_of(recipe, engine)
+    if layers is not None:
+        checkpointing = layers.recompute_every == 1
     compute = Compute(
         bytes=DTYPES[run_dtype(recipe)].itemsize,
         attention="packed" if recipe.data.packing else "sdpa",

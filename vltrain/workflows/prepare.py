@@ -1,5 +1,7 @@
 """Base and recipe -> a model with gradients on what is to learn, and what cannot be refused."""
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import is_chat_tuned
 from vltrain.models.family import Family
 from vltrain.models.gptq import is_packed
+from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import load_model
 from vltrain.models.quantization import Nf4
 from vltrain.models.shares import element_count
@@ -64,6 +67,47 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
             what=f"{weights} weights are for one process, and this run is under {engine}",
             fix="set full.weights: fp32, or start one process",
         )
+
+
+def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
+    """How a run's layers are run; None: as transformers does by the `trainer:` section.
+
+    Raises:
+        VltrainError: the recipe wants them compiled, and they cannot be.
+    """
+    if not recipe.arranges_layers:
+        return None
+    compiled = recipe.compile
+    if compiled == "auto":
+        on_gpu = torch.cuda.is_available() and recipe.method != "qlora"
+        compiled = on_gpu and not engine.shards_weights and has_compiler()
+    elif compiled:
+        refuse_uncompilable(engine)
+    return LayerRuns(
+        compiled=compiled, recompute_every=1 if recipe.trainer["gradient_checkpointing"] else 0
+    )
+
+
+def refuse_uncompilable(engine: Engine) -> None:
+    """Raise VltrainError where layers cannot be compiled."""
+    if engine.shards_weights:
+        raise VltrainError.at(
+            "compile",
+            what=f"{engine} gathers weights within the layers, and these would be compiled",
+            fix="set compile: false, or engine: ddp",
+        )
+    if not has_compiler():
+        raise VltrainError.at(
+            "compile",
+            what="torch.compile needs a C++ compiler, and there is none",
+            fix="install g++ or clang, or name one in CXX; or set compile: false",
+        )
+
+
+def has_compiler() -> bool:
+    """Whether there is a compiler for what torch.compile makes: C++ on a CPU, C beside a GPU."""
+    names = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")
+    return any(shutil.which(name) for name in names if name)
 
 
 def nf4_of(recipe: Recipe, folder: Path) -> Nf4 | None:

@@ -24,6 +24,7 @@ from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
+from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import (
     DTYPES,
     checkpoint_dtype,
@@ -71,6 +72,7 @@ from vltrain.workflows.memory import (
 from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
+    layer_runs_of,
     let_learn,
     nf4_of,
     prepare_model,
@@ -131,6 +133,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     in_steps = in_steps_of_before(recipe, run, process_count())
     arguments = training_arguments(in_steps, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
+    layers = layer_runs_of(recipe, engine)
     memory = check_memory(console, recipe, base, halves, arguments, engine)
     fingerprint = data_fingerprint(recipe.data, halves.train, run.read_data_fingerprint())
     refuse_changed_data(run, fingerprint)
@@ -158,7 +161,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     for line in decisions(recipe, base.family, base.folder, held):
         console.print(line, soft_wrap=True)
     with advised(recipe, memory):
-        fit(console, run, signals, recipe, model, base, halves, arguments, engine, held)
+        fit(console, run, signals, recipe, model, base, halves, arguments, engine, held, layers)
     tensors = final_tensors(model, recipe, base)
     if origin is not None:
         if first is not None:
@@ -355,6 +358,7 @@ def fit(
     arguments: TrainingArguments,
     engine: Engine,
     held: HeldWeights | None,
+    layers: LayerRuns | None,
 ) -> None:
     """Train, from the last whole checkpoint if there is one."""
     checkpoint = run.last_checkpoint()
@@ -385,6 +389,7 @@ def fit(
         rate=rate_of(
             base.family, recipe.lr, default=arguments.learning_rate, plus=recipe.lora.plus
         ),
+        layers=layers,
     )
     trainer.remove_callback(PrinterCallback)
     try:

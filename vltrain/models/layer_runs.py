@@ -1,0 +1,85 @@
+"""How the repeated layers of a model are run in training: compiled, recomputed, or as they are.
+
+A model's layers are those that transformers marks as its units of recomputation, in any family.
+They are alike, so one compilation serves all of them: what is compiled is the class's `forward`,
+and the layer is an argument of it. Lengths are symbols from the first call on, so that batches of
+other lengths compile nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass(frozen=True)
+class LayerRuns:
+    """What is done with layers while they train; in evaluation they run as they are."""
+
+    compiled: bool = False
+    recompute_every: int = 0  # each so-many-th layer is recomputed on the way back; 0: none
+    backend: str = "inductor"  # of torch.compile
+
+    def recomputes(self, number: int) -> bool:
+        """Whether a layer keeps nothing but its input, by its number from 0."""
+        return self.recompute_every > 0 and number % self.recompute_every == 0
+
+
+def arrange_layers(model: nn.Module, runs: LayerRuns) -> None:
+    """Run a model's layers so from here on, in place, whatever was arranged before.
+
+    It replaces transformers' own gradient checkpointing, which must not be switched on afterwards.
+    Layers that run without gradients, as those of a frozen vision tower, are never recomputed.
+
+    Args:
+        model: with adapters or without.
+        runs: the arrangement; `LayerRuns()` leaves the layers as their classes have them.
+    """
+    for layers in stacks_of(model):
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = False
+            vars(layer).pop("forward", None)
+            recomputed = runs.recomputes(number)
+            if runs.compiled or recomputed:
+                backend = runs.backend if runs.compiled else None
+                layer.forward = _Forward(layer, backend=backend, recomputed=recomputed)
+
+
+def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
+    """The repeated layers of a model in their order, kind by kind."""
+    stacks: dict[type, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            stacks.setdefault(type(module), []).append(module)
+    return list(stacks.values())
+
+
+class _Forward:
+    """The `forward` of one layer, in the place of its class's."""
+
+    def __init__(self, layer: nn.Module, *, backend: str | None, recomputed: bool) -> None:
+        self.layer = layer
+        self.plain = type(layer).forward
+        self.backend = backend  # None: not compiled
+        self.recomputed = recomputed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer makes of its inputs."""
+        layer = self.layer
+        if not layer.training:
+            return self.plain(layer, *args, **kwargs)
+        run = self.plain if self.backend is None else _compiled(self.plain, self.backend)
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(run, layer, *args, use_reentrant=False, **kwargs)
+        return run(layer, *args, **kwargs)
+
+
+@cache
+def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A class's `forward`, compiled once for all layers, with lengths as symbols."""
+    return torch.compile(forward, backend=backend, dynamic=True)
