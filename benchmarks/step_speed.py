@@ -1,0 +1,258 @@
+"""Seconds a step and peak memory of each lever of the training step, alone and together.
+
+    python benchmarks/step_speed.py --output step_speed.jsonl
+
+A step learns from 8 samples of one 448x448 picture each, by LoRA of rank 64 on a Qwen-VL of the
+real size with random weights, through the Trainer that a run uses. One JSON line a cell is written
+as soon as it is known. A cell that fails or takes too long says so in its line, and the next one
+follows; no cell is begun after `--seconds`. `--tiny` goes through all of them on a CPU with a small
+model.
+
+Model FLOPs are 4 x parameters x tokens of the decoder's layers (their weights are frozen: no
+gradient of theirs is computed), the same of the head over learned tokens (6 where it learns), and
+2 x parameters x patches of the frozen ViT; attention's own are left out.
+"""
+
+import argparse
+import gc
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from real_size_lora import TOY, Samples, step_arguments
+from torch import nn
+
+from vltrain.config import FreezeConfig
+from vltrain.data.collation import Collator, collate_rows
+from vltrain.data.step_rows import StepRows
+from vltrain.models.adapters import Adapter, add_lora
+from vltrain.models.attention import attend_packed
+from vltrain.models.catalog import QWEN_VL
+from vltrain.models.layer_runs import LayerRuns
+from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+from vltrain.training.profiling import Measured, measure
+
+STEP_SAMPLES = 8
+PEAK_FLOPS = 780e12  # of one H100 in bf16, measured on large matrix products
+PAD_ID = 151643
+SMALL = TOY | {"visual": TOY["visual"] | {"image_size": 56, "n_queries": 4}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: which levers are pulled, on samples of how many tokens."""
+
+    name: str
+    tokens: int
+    packed: bool = True
+    row_tokens: int = 16_384
+    compiled: bool = True
+    recompute_every: int = 0
+    dropout: float = 0.05
+    embeddings: bool = False  # wte and lm_head learn too
+    steps: int = 4
+
+    @property
+    def warmup(self) -> int:
+        """Steps before the measured ones: the first compile, and the allocator settles."""
+        return 3 if self.compiled else 1
+
+
+def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
+    """All of them, by the lengths of samples; the cheapest first."""
+    fast = Cell("all, fast", short)
+    lengths = (short, middle, long, longest)
+    together = [replace(fast, tokens=tokens) for tokens in lengths]
+    lean = replace(fast, name="all, lean", recompute_every=1, row_tokens=longest)
+    half = replace(fast, name="all, every second layer recomputed", recompute_every=2)
+    whole = replace(fast, name="all, every layer recomputed", recompute_every=1)
+    packed = replace(whole, name="packed alone", compiled=False)
+    plain = replace(packed, name="none", packed=False, steps=3)
+    base = replace(fast, name="Base: all, fast", embeddings=True)
+    return [
+        *together,
+        replace(whole, tokens=longest),
+        replace(lean, tokens=longest),
+        replace(packed, tokens=middle),
+        replace(plain, tokens=middle),
+        replace(plain, name="no recomputation alone", tokens=middle, recompute_every=0),
+        replace(plain, name="compiled alone", tokens=middle, compiled=True),
+        replace(half, tokens=longest),
+        replace(fast, name="all, fast, half rows", tokens=longest, row_tokens=4 * longest),
+        replace(packed, tokens=longest),
+        replace(plain, tokens=longest),
+        replace(base, tokens=short),
+        replace(base, tokens=longest),
+        replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),
+        replace(fast, name="all, fast, no dropout", tokens=longest, dropout=0.0),
+    ]
+
+
+class Models:
+    """The model that a cell needs; one is held at a time."""
+
+    def __init__(self, *, tiny: bool) -> None:
+        self.config = QwenVLConfig(**(SMALL if tiny else {}))
+        self._held: tuple[tuple[bool, float], nn.Module] | None = None
+
+    def of(self, cell: Cell) -> nn.Module:
+        """With random weights and adapters, on the GPU where there is one."""
+        shape = (cell.embeddings, cell.dropout)
+        if self._held is None or self._held[0] != shape:
+            self._held = None
+            torch._dynamo.reset()  # it compiles no more than some variants of a layer
+            _free()
+            adapter = Adapter(dropout=cell.dropout, embeddings=cell.embeddings)
+            self._held = (shape, add_lora(self._base(), QWEN_VL, FreezeConfig(), adapter, seed=0))
+        model = self._held[1]
+        if cell.packed:
+            attend_packed(model.get_base_model())
+        else:
+            model.get_base_model().set_attn_implementation("sdpa")
+        return model
+
+    def _base(self) -> nn.Module:
+        on_gpu = torch.cuda.is_available()
+        torch.set_default_dtype(torch.bfloat16 if on_gpu else torch.float32)
+        self.config._attn_implementation = "sdpa"
+        try:
+            with torch.device("cuda" if on_gpu else "cpu"):
+                base = QwenVLForConditionalGeneration(self.config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        base.config.use_cache = False
+        return base
+
+
+def run_cell(cell: Cell, models: Models, backend: str) -> dict[str, Any]:
+    """Train the cell's steps; what they took."""
+    model = models.of(cell)
+    steps = cell.warmup + cell.steps
+    samples = Samples(models.config, cell.tokens, STEP_SAMPLES * steps)
+    layers = LayerRuns(cell.compiled, cell.recompute_every, backend)
+    arguments = step_arguments(
+        steps, 1 if cell.packed else STEP_SAMPLES, gradient_checkpointing=False
+    )
+    if cell.packed:
+        rows = StepRows(
+            samples, step_samples=STEP_SAMPLES, row_tokens=max(cell.row_tokens, cell.tokens)
+        )
+        measured = measure(model, arguments, rows, collate_rows, layers=layers)
+    else:
+        measured = measure(model, arguments, samples, Collator(PAD_ID), layers=layers)
+    return figures(cell, models.config, model, measured)
+
+
+def figures(
+    cell: Cell, config: QwenVLConfig, model: nn.Module, measured: Measured
+) -> dict[str, Any]:
+    """A cell's line: sizes in GiB, times in seconds."""
+    seconds = measured.seconds_per_step(cell.warmup)
+    tokens = STEP_SAMPLES * cell.tokens
+    work = step_flops(cell, config, model)
+    return {
+        "seconds_per_step": seconds,
+        "all_seconds": measured.seconds,
+        "compile_seconds": measured.seconds[0] - seconds if cell.compiled else None,
+        "tokens_per_second": tokens / seconds,
+        "model_flops": work,
+        "utilisation": work / seconds / PEAK_FLOPS if torch.cuda.is_available() else None,
+        "peak_gib": _gib(measured.peak_bytes),
+        "reserved_gib": _gib(measured.reserved_bytes),
+    }
+
+
+def step_flops(cell: Cell, config: QwenVLConfig, model: nn.Module) -> float:
+    """Of the work that a step is about, however it is done; see the module."""
+    base = model.get_base_model().transformer
+    vision = config.vision
+    layers = sum(p.numel() for n, p in base.h.named_parameters() if "lora_" not in n)
+    vit = sum(p.numel() for p in base.visual.transformer.parameters())
+    learned = cell.tokens - vision.n_queries - 2
+    patches = (vision.image_size // vision.patch_size) ** 2
+    head = config.vocab_size * config.hidden_size
+    head_factor = 6 if cell.embeddings else 4
+    one = 4 * layers * cell.tokens + head_factor * head * learned + 2 * vit * patches
+    return float(STEP_SAMPLES * one)
+
+
+def _gib(size: int | None) -> float | None:
+    return None if size is None else size / 2**30
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where what is done within takes longer."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def guarded(cell: Cell, models: Models, backend: str, seconds: float) -> dict[str, Any]:
+    """A cell's line, or what went wrong."""
+    began = time.perf_counter()
+    try:
+        with limited(seconds):
+            found = run_cell(cell, models, backend)
+    except Exception as error:  # whatever it is, the next cell may do
+        found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    _free()
+    return asdict(cell) | found | {"cell_seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    """Measure the cells in order and write one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, help="a file for the lines, beside stdout")
+    parser.add_argument("--only", default="", help="cells whose name holds this text")
+    parser.add_argument("--tokens", type=int, nargs="+", help="cells of these lengths alone")
+    parser.add_argument("--seconds", type=float, default=450.0, help="no cell begins after them")
+    parser.add_argument("--cell-seconds", type=float, default=150.0, help="of one cell")
+    parser.add_argument("--backend", help="of torch.compile; default inductor, tiny: aot_eager")
+    parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU too")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    machine = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    models = Models(tiny=options.tiny)
+    backend = options.backend or ("aot_eager" if options.tiny else "inductor")
+    for cell in cells(16, 24, 32, 48) if options.tiny else cells(384, 512, 1024, 2048):
+        if options.only not in cell.name or cell.tokens not in (options.tokens or [cell.tokens]):
+            continue
+        left = options.seconds - (time.perf_counter() - began)
+        if left <= 0:
+            print(f"no time is left for {cell.name} at {cell.tokens} tokens", flush=True)
+            continue
+        line = json.dumps(guarded(cell, models, backend, options.cell_seconds) | machine)
+        print(line, flush=True)
+        if options.output is not None:
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
