@@ -59,6 +59,9 @@ class Recipe:
     lr: LearningRates = field(default_factory=LearningRates)
     batch: BatchConfig = field(default_factory=BatchConfig)
     compile: Literal["auto"] | bool = False  # the layers; auto: on a GPU where it is known to work
+    # How layers are run, in the place of trainer.gradient_checkpointing. fast: none is recomputed;
+    # lean: all; auto: as few as the GPU's memory asks for, by the estimate.
+    memory: Literal["fast", "auto", "lean"] | None = None
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
@@ -66,7 +69,7 @@ class Recipe:
     @property
     def arranges_layers(self) -> bool:
         """Whether the recipe says itself how layers are run, in the place of transformers."""
-        return self.compile is not False
+        return self.compile is not False or self.memory is not None
 
     @property
     def needs_processes(self) -> bool:
@@ -302,8 +305,9 @@ def _contradictions(recipe: Recipe) -> Iterator[Fault]:
     if recipe.arranges_layers and recipe.trainer.get("gradient_checkpointing_kwargs"):
         yield (
             "trainer.gradient_checkpointing_kwargs",
-            "with `compile` layers are not recomputed by transformers, whose settings these are",
-            "take them out, or set compile: false",
+            "with `compile` or `memory` layers are not recomputed by transformers, whose settings "
+            "these are",
+            "take them out, or the other two",
         )
     yield from data_faults(recipe.data, recipe.trainer)
     yield from batch_faults(recipe.batch, recipe.data, recipe.trainer)

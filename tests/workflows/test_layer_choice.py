@@ -1,15 +1,31 @@
-"""How a recipe has the layers of a run: compiled or not, recomputed or not."""
+"""How a recipe has the layers of a run: compiled or not, recomputed or not, by the memory."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from vltrain.config import Recipe, load_recipe
+from vltrain.config import FreezeConfig, Recipe, load_recipe
 from vltrain.errors import VltrainError
+from vltrain.models.adapters import Adapter, add_lora
+from vltrain.models.catalog import QWEN_VL
+from vltrain.models.census import skeleton, take_census
 from vltrain.models.layer_runs import LayerRuns
+from vltrain.models.qwen_vl import QwenVLConfig
+from vltrain.models.sizes import Census
+from vltrain.training.activations import BatchSizes, Compute
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
+from vltrain.training.moments import Work
+from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows import prepare
+from vltrain.workflows.memory import (
+    RECOMPUTED,
+    RunMemory,
+    fit_layers,
+    layers_of,
+    with_recomputed,
+)
 from vltrain.workflows.prepare import layer_runs_of
 
 ZERO2, ZERO3 = (
@@ -73,3 +89,43 @@ def test_without_a_compiler_a_run_says_so_before_it_begins(monkeypatch):
 def test_settings_of_the_recomputation_that_is_replaced_are_refused():
     with pytest.raises(VltrainError, match="layers are not recomputed by transformers"):
         recipe("compile=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: true}")
+
+
+@pytest.mark.parametrize(("memory", "every"), [("fast", 0), ("lean", 1), ("auto", 0)])
+def test_memory_says_what_is_recomputed_in_the_place_of_the_trainers_section(memory, every):
+    arranged = recipe(f"memory={memory}", "trainer.gradient_checkpointing=false")
+
+    assert layer_runs_of(arranged, NO_ENGINE) == LayerRuns(False, every)
+
+
+def run_of() -> RunMemory:
+    """LoRA at the real size on 8,192 tokens."""
+    config = QwenVLConfig()
+    census = census_of_lora(config)
+    batch = BatchSizes(rows=1, row_tokens=8192, learned_tokens=7000, pictures=4)
+    work = Work(Compute(2, "packed", checkpointing=False), Optimizer("adamw_torch_fused"))
+    return RunMemory(census, config.model_sizes(), batch, work)
+
+
+def census_of_lora(config: QwenVLConfig) -> Census:
+    model = skeleton(QWEN_VL, config, torch.bfloat16)
+    adapted = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
+    return take_census(adapted, QWEN_VL)
+
+
+def test_by_itself_a_run_recomputes_as_few_layers_as_fit_the_gpu():
+    run = run_of()
+    needed = {every: with_recomputed(run, every).estimate.comfortable for every in RECOMPUTED}
+
+    assert list(needed.values()) == sorted(needed.values(), reverse=True)
+    assert len({*needed.values()}) == len(needed)
+    for every, size in needed.items():
+        fitted = fit_layers(run, size)
+        assert layers_of(recipe("memory=auto"), NO_ENGINE, fitted).recompute_every == every
+    assert "one layer in 2 (memory: auto)" in fit_layers(run, needed[2]).decisions[0]
+
+
+def test_a_run_that_fits_in_no_way_recomputes_every_layer():
+    fitted = fit_layers(run_of(), 2**30)
+
+    assert layers_of(recipe("memory=auto"), NO_ENGINE, fitted).recompute_every == 1

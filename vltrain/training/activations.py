@@ -38,6 +38,15 @@ class Compute:
     bytes: int  # of a computed value: 2 under autocast in half precision, else 4
     attention: Attention = "sdpa"
     checkpointing: bool = True
+    recompute_every: int = 1  # with checkpointing, each so-many-th layer is recomputed
+
+    def recomputed(self, layers: int) -> int:
+        """How many of so many layers keep nothing but their input."""
+        return -(-layers // self.recompute_every) if self.checkpointing else 0
+
+    @property
+    def recomputes_all(self) -> bool:
+        return self.checkpointing and self.recompute_every == 1
 
 
 @dataclass(frozen=True)
@@ -112,10 +121,9 @@ def decoder_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: 
     Beside the layers: the last norm's input in float32, and what the head reads.
     """
     d = sizes.decoder
-    if compute.checkpointing:
-        layers = d.layers * residual_bytes(census) * d.width * batch.tokens
-    else:
-        layers = d.layers * decoder_layer(sizes, census, batch, compute).kept
+    recomputed = compute.recomputed(d.layers)
+    layers = recomputed * residual_bytes(census) * d.width * batch.tokens
+    layers += (d.layers - recomputed) * decoder_layer(sizes, census, batch, compute).kept
     mask = batch.rows * batch.row_tokens**2 if _needs_mask(batch, compute.attention) else 0
     end = FLOAT * d.width * batch.tokens + compute.bytes * d.width * batch.learned_tokens
     return layers + mask + end
@@ -179,9 +187,9 @@ def vision_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: C
     tower, width, c = sizes.tower, sizes.decoder.width, compute.bytes
     kept = 0
     if census.at("vision").learned:
-        layer = FLOAT * tower.width * tower.patches
-        layer = layer if compute.checkpointing else vision_layer(tower, compute)
-        kept += tower.layers * layer
+        recomputed = compute.recomputed(tower.layers)
+        kept += recomputed * FLOAT * tower.width * tower.patches
+        kept += (tower.layers - recomputed) * vision_layer(tower, compute)
     if kept or census.at("projector").learned:
         kept += tower.patches * (c * tower.width + (FLOAT + 4 * c) * width)
         kept += tower.image_tokens * (FLOAT + 3 * c) * width

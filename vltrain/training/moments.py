@@ -136,7 +136,7 @@ class Step:
 
         The head's; the others' too where layers are not recomputed, which makes copies anew.
         """
-        if self.work.compute.checkpointing:
+        if self.work.compute.recomputes_all:
             return self._copies("head")
         return self._copies("head", "layers", "adapter", "vision")
 
@@ -204,7 +204,7 @@ class Step:
         rest = self._fresh_gradient("layers", largest) + self._gathered
         all_layers = self._copies("layers", "adapter")
         one_layer = all_layers // d.layers
-        last = rest + (one_layer if compute.checkpointing else all_layers)
+        last = rest + (one_layer if compute.recomputes_all else all_layers)
         to_come = self._gradients_at("embeddings", "vision", "projector")
         to_come += self._gradients_at("layers", "adapter") // d.layers
         return (

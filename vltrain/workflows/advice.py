@@ -62,11 +62,10 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     trainer, data = recipe.trainer, recipe.data
     batch = trainer["per_device_train_batch_size"]
     steps = trainer["gradient_accumulation_steps"]
-    if not trainer["gradient_checkpointing"]:
-        yield Advice(
-            "trainer.gradient_checkpointing: true; the losses stay, a step takes longer",
-            _recomputing,
-        )
+    bare = recipe.memory is None and not trainer["gradient_checkpointing"]
+    if bare or recipe.memory == "fast":
+        key = "trainer.gradient_checkpointing: true" if bare else "memory: lean"
+        yield Advice(f"{key}; the losses stay, a step takes longer", _recomputing)
     if batch > 1:
         half = (batch + 1) // 2
         yield Advice(

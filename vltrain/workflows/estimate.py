@@ -17,19 +17,22 @@ from vltrain.config import Method, Recipe, load_recipe
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.errors import VltrainError
 from vltrain.models.attention import attend_packed
+from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES
 from vltrain.models.quantization import Nf4, pack_in_place
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
-from vltrain.training.engines import NO_ENGINE, Machine, choose_engine
+from vltrain.training.engines import Machine, choose_engine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
+    fit_layers,
     gpu_memory,
     largest_batch_of,
+    layers_of,
     load_of,
     parts,
     show_memory,
@@ -38,7 +41,6 @@ from vltrain.workflows.memory import (
 from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
-    layer_runs_of,
     let_learn,
     refuse_unfit_base,
     refuse_unfit_engine,
@@ -117,7 +119,7 @@ def estimate_run(
     run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
     if probe and halves is not None and can_be_probed(run, halves, gpus):
-        epoch = probe_epoch(recipe, base, halves)
+        epoch = probe_epoch(recipe, base, halves, layers_of(recipe, run.engine, run))
     if as_json:
         print(json.dumps(as_object(recipe, run, gpu_bytes, epoch)))
         return
@@ -199,7 +201,8 @@ def run_memory(
     sizes = base.family.read_sizes(base.config)
     work = work_of(recipe, arguments, engine, gpus, held)
     words = decisions(recipe, base.family, base.folder, held)
-    return RunMemory(census, sizes, batch, work, engine, tuple(words))
+    run = RunMemory(census, sizes, batch, work, engine, tuple(words))
+    return fit_layers(run, gpu_bytes) if recipe.memory == "auto" and gpu_bytes else run
 
 
 def intended(recipe: Recipe) -> Recipe:
@@ -214,7 +217,9 @@ def intended(recipe: Recipe) -> Recipe:
     return replace(recipe, dtype="fp32" if recipe.dtype == "fp32" else "bf16", trainer=trainer)
 
 
-def probe_epoch(recipe: Recipe, base: Base, halves: Halves) -> EpochTime:
+def probe_epoch(
+    recipe: Recipe, base: Base, halves: Halves, layers: LayerRuns | None = None
+) -> EpochTime:
     """Train some steps of the recipe on the GPU, on random weights of the base's shape."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(probe_recipe(recipe, Path(folder)))
@@ -225,7 +230,7 @@ def probe_epoch(recipe: Recipe, base: Base, halves: Halves) -> EpochTime:
             halves.train if halves.rows is None else halves.rows,
             Collator(base.processor.pad_id) if halves.rows is None else collate_rows,
             halves.mix,
-            layer_runs_of(recipe, NO_ENGINE),
+            layers,
         )
     return EpochTime(measured.seconds_per_step(WARMUP_STEPS), epoch_steps(recipe, halves))
 

@@ -1,7 +1,7 @@
 """What a run will take of a GPU's memory, shown before it starts; what cannot fit is refused."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
 from vltrain.errors import VltrainError
+from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES
 from vltrain.models.sizes import Census, ModelSizes, Place
 from vltrain.training.activations import BatchSizes, Compute
@@ -31,6 +32,9 @@ from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.training.trainer import step_order
 from vltrain.workflows.prepare import layer_runs_of
 from vltrain.workflows.run_data import Halves, Packer
+
+RECOMPUTED = (0, 4, 3, 2, 1)
+"""Each so-many-th layer, as `memory: auto` tries them: the fewest recomputed first."""
 
 LABELS: dict[Place, str] = {
     "vision": "vision tower",
@@ -81,7 +85,7 @@ def work_of(
         checkpointing = arguments.gradient_checkpointing
     layers = layer_runs_of(recipe, engine)
     if layers is not None:
-        checkpointing = layers.recompute_every == 1
+        checkpointing = layers.recompute_every > 0
     compute = Compute(
         bytes=DTYPES[run_dtype(recipe)].itemsize,
         attention="packed" if recipe.data.packing else "sdpa",
@@ -92,6 +96,43 @@ def work_of(
         optimizer = Optimizer("adamw_8bit", residual=held == "residual")
     accumulates = arguments.gradient_accumulation_steps > 1 or recipe.batch.samples is not None
     return Work(compute, optimizer, accumulates, sharing_of(engine, processes))
+
+
+def fit_layers(run: RunMemory, gpu_bytes: int) -> RunMemory:
+    """The run with as few layers recomputed as its GPU's memory asks for.
+
+    A layer that is compiled counts as one that is not, which keeps more.
+
+    Args:
+        gpu_bytes: the memory of the GPU, whole.
+    """
+    for every in RECOMPUTED:
+        fitted = with_recomputed(run, every)
+        if fitted.estimate.comfortable <= gpu_bytes:
+            break
+    how_many = {0: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
+    line = f"recomputed on the way back: {how_many} (memory: auto)"
+    return replace(fitted, decisions=(*run.decisions, line))
+
+
+def with_recomputed(run: RunMemory, every: int) -> RunMemory:
+    """The run with each so-many-th layer recomputed; 0: with none."""
+    compute = replace(run.work.compute, checkpointing=every > 0, recompute_every=every or 1)
+    return replace(run, work=replace(run.work, compute=compute))
+
+
+def layers_of(recipe: Recipe, engine: Engine, run: RunMemory | None) -> LayerRuns | None:
+    """How a run's layers are run, what its GPU's memory asks for included.
+
+    Args:
+        run: as `fit_layers` has it; None where there is no GPU.
+    """
+    layers = layer_runs_of(recipe, engine)
+    if layers is None or run is None or recipe.memory != "auto":
+        return layers
+    compute = run.work.compute
+    every = compute.recompute_every if compute.checkpointing else 0
+    return replace(layers, recompute_every=every)
 
 
 def load_of(census: Census, recipe: Recipe) -> Load:

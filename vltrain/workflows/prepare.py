@@ -72,6 +72,8 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
 def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
     """How a run's layers are run; None: as transformers does by the `trainer:` section.
 
+    With `memory: auto` the memory of a GPU has yet to say which of them are recomputed.
+
     Raises:
         VltrainError: the recipe wants them compiled, and they cannot be.
     """
@@ -83,9 +85,9 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
         compiled = on_gpu and not engine.shards_weights and has_compiler()
     elif compiled:
         refuse_uncompilable(engine)
-    return LayerRuns(
-        compiled=compiled, recompute_every=1 if recipe.trainer["gradient_checkpointing"] else 0
-    )
+    recomputed = {"fast": False, "lean": True}
+    all_of_them = recomputed.get(recipe.memory, recipe.trainer["gradient_checkpointing"])
+    return LayerRuns(compiled=compiled, recompute_every=1 if all_of_them else 0)
 
 
 def refuse_uncompilable(engine: Engine) -> None:

@@ -63,8 +63,10 @@ from vltrain.workflows.guard import (
 )
 from vltrain.workflows.memory import (
     RunMemory,
+    fit_layers,
     gpu_memory,
     largest_batch_of,
+    layers_of,
     load_of,
     show_memory,
     work_of,
@@ -72,7 +74,6 @@ from vltrain.workflows.memory import (
 from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
-    layer_runs_of,
     let_learn,
     nf4_of,
     prepare_model,
@@ -133,8 +134,8 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     in_steps = in_steps_of_before(recipe, run, process_count())
     arguments = training_arguments(in_steps, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
-    layers = layer_runs_of(recipe, engine)
     memory = check_memory(console, recipe, base, halves, arguments, engine)
+    layers = layers_of(recipe, engine, memory)
     fingerprint = data_fingerprint(recipe.data, halves.train, run.read_data_fingerprint())
     refuse_changed_data(run, fingerprint)
     with arguments.main_process_first():
@@ -291,7 +292,11 @@ def check_memory(
         work_of(recipe, arguments, engine, process_count(), held),
         engine,
     )
+    if recipe.memory == "auto":
+        run = fit_layers(run, gpu_bytes)
     show_memory(console, run, gpu_bytes)
+    for line in run.decisions:
+        console.print(line, soft_wrap=True)
     if recipe.memory_check:
         refuse_what_cannot_fit(recipe, run, gpu_bytes)
     return run
