@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -32,6 +33,13 @@ SAMPLES = (
 # Checkpoints in the middle of an epoch of two steps, also on two processes.
 MIDWAY = ("trainer.gradient_accumulation_steps=1", "trainer.save_steps=3")
 WORKERS = ("trainer.dataloader_num_workers=2",)
+WORST = (
+    "trainer.eval_strategy=steps",
+    "trainer.eval_steps=2",
+    "trainer.load_best_model_at_end=true",
+    "trainer.metric_for_best_model=eval_loss",
+    "trainer.greater_is_better=true",
+)
 # A line for every third step, a checkpoint after every second, an evaluation an epoch.
 SPARSE = ("trainer.logging_steps=3", "data.eval_share=0.25")
 
@@ -223,7 +231,12 @@ def test_a_run_goes_on_on_another_number_of_processes(
     goes_on_on: int,
 ):
     settings = ["trainer.max_steps=7", "trainer.learning_rate=1e-3"]
-    settings += ["lora.dropout=0"] if method == "lora" else []  # each process draws its own
+    if method == "lora":
+        settings.append("lora.dropout=0")  # each process draws its own
+    else:  # the best is the first, which the processes of before have written
+        held_out = made[1].with_name("held_out.json")
+        shutil.copy(made[1], held_out)
+        settings += [f"data.eval_files=[{held_out}]", *WORST]
     by_four, accumulated = (
         f"trainer.gradient_accumulation_steps={count}" for count in (4, 4 // began_on)
     )
@@ -239,7 +252,7 @@ def test_a_run_goes_on_on_another_number_of_processes(
 
     assert code == 0, said
     assert "resuming from" in said
-    moved = rows_of(out)
+    moved, rows = ([row for row in logged if "loss" in row] for logged in (rows_of(out), rows))
     for key, tolerance in (("step", 0), ("epoch", 0), ("learned_tokens", 0), ("loss", 1e-4)):
         one, other = ([row[key] for row in logged] for logged in (moved, rows))
         assert one == pytest.approx(other, rel=tolerance), key

@@ -32,7 +32,7 @@ from vltrain.training.learning_rates import split_groups
 from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.step_batches import ROWS, StepBatches, in_turn
 from vltrain.training.stopping import LeaveSignals
-from vltrain.training.universal import drop_shares, part_groups
+from vltrain.training.universal import drop_shares, part_groups, share_count, shared_out_anew
 
 logger = logging.getLogger(__name__)
 
@@ -369,6 +369,17 @@ class Trainer(ResumableTrainer):
             drop_shares(Path(checkpoint))
             # From here on this run's own checkpoints are read: the best of them, at its end.
             self.model_wrapped._config.load_universal_checkpoint = False
+
+    def _load_best_model(self) -> None:
+        """As `transformers`; other numbers of processes than this may have written the best."""
+        best = self.state.best_model_checkpoint
+        if self._engine.name != "deepspeed" or share_count(Path(best)) in (0, self.args.world_size):
+            super()._load_best_model()
+            return
+        self.state.best_model_checkpoint = str(shared_out_anew(Path(best)))
+        self.model_wrapped._config.load_universal_checkpoint = True
+        super()._load_best_model()
+        self.state.best_model_checkpoint = best
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self._counted_since = time.perf_counter()  # passing over old batches is no training
