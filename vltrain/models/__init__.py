@@ -2,12 +2,14 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
+
+# transformers 5.17 gives its own name for it only to those who have torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vltrain.models.loading import load_model, load_processor
 from vltrain.models.qwen_vl import (
