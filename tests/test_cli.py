@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import vltrain.workflows.cache
 import vltrain.workflows.chat
 import vltrain.workflows.convert
 import vltrain.workflows.demo
@@ -31,6 +32,7 @@ COMMANDS = (
     "qlora",
     "merge",
     "export",
+    "cache",
     "chat",
     "check",
     "preview",
@@ -53,6 +55,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.train, "train"),
         (vltrain.workflows.merge, "merge"),
         (vltrain.workflows.export, "export"),
+        (vltrain.workflows.cache, "cache_features"),
         (vltrain.workflows.chat, "answer_file"),
         (vltrain.workflows.inspect, "check"),
         (vltrain.workflows.convert, "convert_coco_file"),
@@ -322,6 +325,16 @@ def test_what_reads_data_takes_its_format(called: list[tuple], words: tuple[str,
     type_in(*words, "--format", "swift")
 
     assert called[0][2]["format"] == "swift"
+
+
+def test_cache_gets_what_a_run_would(called: list[tuple], tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    words = ("--method", "full", "--model", "base", "--data", "a.json", "--set", "dtype=bf16")
+
+    assert type_in("cache", str(file), *words) == 0
+
+    given = {"method": "full", "model": "base", "data": [Path("a.json")]}
+    assert called == [("cache_features", (file,), given | {"overrides": ["dtype=bf16"]})]
 
 
 def test_estimate_gets_recipe_method_and_gpu(called: list[tuple], tmp_path: Path):

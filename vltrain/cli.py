@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from vltrain import __version__
+from vltrain.commands.cache import cache
 from vltrain.commands.chat import chat
 from vltrain.commands.convert import app as convert
 from vltrain.commands.export import export
@@ -185,6 +186,7 @@ def verify(
 
 
 app.command()(export)
+app.command()(cache)
 app.command()(chat)
 
 

@@ -311,6 +311,13 @@ def _contradictions(recipe: Recipe) -> Iterator[Fault]:
         )
     yield from data_faults(recipe.data, recipe.trainer)
     yield from batch_faults(recipe.batch, recipe.data, recipe.trainer)
+    if recipe.data.cache_features is True and not recipe.freeze.vision:
+        yield (
+            "data.cache_features",
+            "the vision tower learns (freeze.vision: false): what it makes of a picture changes "
+            "with every step",
+            "set data.cache_features: false, or freeze.vision: true",
+        )
     yield from method_faults(
         recipe.method,
         recipe.dtype,

@@ -46,6 +46,10 @@ class DataConfig:
     url_private: bool = False  # fetch from this machine and networks that are not public, too
     bad_pictures: Literal["error", "drop"] = "error"  # drop: leave out records that show one
     cache_dir: UserPath | None = None  # of downloads and checked data; None: the user's cache
+    # Keep what a frozen vision tower makes of each picture. auto: where it is shown more than once,
+    # and all of it fits.
+    cache_features: Literal["auto"] | bool = False
+    features_max_gib: Annotated[float, Gt(0)] = 100.0  # that the features of all runs may take
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
@@ -123,6 +127,9 @@ def _held_out_faults(data: DataConfig) -> Iterator[Fault]:
 def _streaming_faults(data: DataConfig, trainer: dict[str, Any]) -> Iterator[Fault]:
     """What a recipe asks of a stream that only files allow which are read before."""
     known = "take it out, or set data.streaming: false"
+    if data.cache_features is True:
+        what = "pictures of streamed records are not known before they come"
+        yield "data.cache_features", what, known
     if trainer.get("max_steps", -1) < 1:
         what = "a stream has no end, and the run no number of steps"
         yield "trainer.max_steps", what, "set trainer.max_steps"

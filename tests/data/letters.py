@@ -30,6 +30,7 @@ class LetterProcessor:
     newline_id: int = NEWLINE
     pad_id: int = PAD
     fingerprint: str = "letters"
+    pixels_fingerprint: str = "mean colours"
 
     def image_processor(self, images: list[Image.Image], return_tensors: str) -> dict[str, Any]:
         return mean_colours(images, return_tensors)

@@ -48,6 +48,11 @@ def mix_of(place: Place, samples: int) -> str:
     return f"data.mix=[{{file: {place.data}, samples: {samples}}}]"
 
 
+def features(place: Place) -> tuple[str, ...]:
+    """Settings: pictures are given to the model as what its vision tower once made of them."""
+    return ("data.cache_features=true", f"data.cache_dir={place.runs / 'cache'}")
+
+
 def best(place: Place, cell: str, *settings: str) -> Recipe:
     """A run that evaluates, and goes back to its best checkpoint; `cell`: "method-engine"."""
     return place.recipe(f"best-{cell}", cell[:4], *place.evaluation(2), *BEST, *settings)
@@ -66,6 +71,8 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
         place.recipe("four_by_one-zero2", "lora", BY_ONE, four_at_once, "deepspeed=zero2"),
         place.recipe("stream", "lora", BY_TWO, *STREAM, "engine=ddp"),
         place.recipe("stream-zero3", "lora", BY_TWO, *STREAM, "deepspeed=zero3"),
+        place.recipe("features", "lora", BY_TWO, *features(place), "engine=ddp"),
+        place.recipe("features-zero2", "full", BY_TWO, *features(place), "deepspeed=zero2"),
         place.recipe("mix", "lora", BY_TWO, mix_of(place, 12), "engine=ddp"),
         place.recipe("mix-epochs", "lora", *EPOCHS, mix_of(place, 13), "deepspeed=zero3"),
         place.recipe("packed-epochs", "lora", *EPOCHS, *PACKED, "engine=ddp"),
@@ -93,6 +100,8 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     for recipe in (
         alone("whole-eight", BY_EIGHT),
         alone("whole-stream", BY_FOUR, *STREAM),
+        alone("whole-features", BY_FOUR),
+        place.recipe("whole-full", "full", BY_FOUR),
         alone("whole-mix", BY_FOUR, mix_of(place, 12)),
         best(place, "lora", BY_FOUR),
         best(place, "full", BY_FOUR),
@@ -117,6 +126,8 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         ("four_by_one-zero2", "whole-eight"),
         ("stream", "whole-stream"),
         ("stream-zero3", "whole-stream"),
+        ("features", "whole-features"),
+        ("features-zero2", "whole-full"),
         ("mix", "whole-mix"),
         ("samples", "whole"),
         ("samples-zero2", "whole"),

@@ -32,6 +32,7 @@ SAMPLES = (
 )
 # Checkpoints in the middle of an epoch of two steps, also on two processes.
 MIDWAY = ("trainer.gradient_accumulation_steps=1", "trainer.save_steps=3")
+FEATURES = ("data.cache_features=true",)
 WORKERS = ("trainer.dataloader_num_workers=2",)
 WORST = (
     "trainer.eval_strategy=steps",
@@ -121,6 +122,8 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         pytest.param("lora", SAMPLES, 2, 2, id="lora-packed-steps-ddp"),
         pytest.param("lora", (*SPARSE, *WORKERS), 2, 1, id="lora-sparse-logs-eval-workers"),
         pytest.param("lora", ("data.streaming=true", *MIDWAY), 2, 1, id="lora-streamed"),
+        pytest.param("lora", (*FEATURES, *WORKERS), 2, 1, id="lora-features-workers"),
+        pytest.param("full", (*PACKED, *FEATURES), 2, 1, id="full-packed-features"),
         pytest.param("full", WORKERS, 2, 1, id="full-padded-workers"),
         pytest.param("full", PACKED, 2, 1, id="full-packed"),
         pytest.param("qlora", PACKED, 2, 1, id="qlora-nf4-packed-rows"),

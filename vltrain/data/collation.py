@@ -2,6 +2,10 @@
 
 B samples, L tokens of the longest, T tokens of all, N pictures of all samples in order, S pixels
 a side.
+
+Of pictures whose features are kept, a batch has these in the place of pixels, under the name that
+the model gives them: float [K, …], K of the N, and `pixel_values` has the others'. Where there are
+both, `picture_order`, int64 [N], has for each picture its place among the K and the others behind.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vltrain.data.dataset import DROPPED
+from vltrain.data.dataset import DROPPED, FEATURES
 from vltrain.data.encoding import IGNORE_INDEX
 
 NOTHING: dict[str, Any] = {"input_ids": [0], "labels": [IGNORE_INDEX]}
@@ -43,7 +47,7 @@ class Collator:
             "attention_mask": _padded([[1] * len(s["input_ids"]) for s in samples], longest, 0),
             "labels": labels,
             "learned_places": _places_before_learned(labels),
-            **_pixels(samples),
+            **_pictures(samples),
             **told,
         }
 
@@ -76,7 +80,7 @@ def collate_rows(rows: Iterable[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         "cu_seq_lens_k": boundaries,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        **_pixels(samples),
+        **_pictures(samples),
         **told,
     }
 
@@ -101,10 +105,24 @@ def _joined(parts: Iterable[Iterable[int]]) -> Tensor:
     return torch.tensor([list(chain.from_iterable(parts))], dtype=torch.long)
 
 
-def _pixels(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The pictures of all samples in order, where there is any."""
+def _pictures(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The pictures of all samples in order, where there is any; see the module."""
     pixels = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
-    return {"pixel_values": torch.cat(pixels)} if pixels else {}
+    inputs = {"pixel_values": torch.cat(pixels)} if pixels else {}
+    given = [sample[FEATURES] for sample in samples if FEATURES in sample]
+    features = [picture for _, pictures in given for picture in pictures]
+    kept = [picture for picture in features if picture is not None]
+    if kept:
+        inputs[given[0][0]] = torch.stack(kept)
+    if kept and pixels:
+        inputs["picture_order"] = _order([picture is not None for picture in features], len(kept))
+    return inputs
+
+
+def _order(is_kept: Sequence[bool], kept: int) -> Tensor:
+    """For each picture its place among all whose features are kept, then all others."""
+    ahead, behind = iter(range(kept)), iter(range(kept, len(is_kept)))
+    return torch.tensor([next(ahead if one else behind) for one in is_kept])
 
 
 def _places_before_learned(labels: Tensor) -> Tensor:

@@ -10,12 +10,18 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode
-from vltrain.data.formats import Format
+from vltrain.data.faults import Fault, error_of
+from vltrain.data.feature_store import FeatureStore
+from vltrain.data.formats import Format, read_conversation
+from vltrain.data.images import Place, open_image
 from vltrain.data.pictures import LOCAL_PICTURES, BadPictures, Pictures
 from vltrain.data.records import Record
 from vltrain.data.sample_table import SampleTable, rows_of
 from vltrain.errors import VltrainError
 
+FEATURES = "features"
+"""Key of a sample's pictures as a store has them: the model's name of such an input, and for each
+picture its features, or None where `pixel_values` has its pixels."""
 DROPPED = "dropped"
 """Key of what stands for a sample that cannot be shown: why not; of a batch: all such reasons."""
 
@@ -51,6 +57,7 @@ class RecordReader:
     pictures: Pictures = LOCAL_PICTURES
     format: Format = "auto"
     bad_pictures: BadPictures = "error"
+    features: FeatureStore | None = None  # what is kept there of a picture is not computed again
 
     def encode(self, record: Record) -> Sample:
         """A record as ids and labels; raises VltrainError as `encoding.encode` does."""
@@ -76,9 +83,9 @@ class RecordReader:
 
         Returns:
             `input_ids`, `labels` (lists of int), `record` (its name) and, where it has pictures,
-            `pixel_values`: float [pictures, 3, S, S]. Under `bad_pictures="drop"`, where a
-            picture is missing or broken, nothing but `DROPPED`: the reason, which names the
-            record and the path.
+            `pixel_values`: float [pictures, 3, S, S]; with a store, `FEATURES`, and pixels only
+            of pictures that it lacks. Under `bad_pictures="drop"`, where a picture is missing or
+            broken, nothing but `DROPPED`: the reason, which names the record and the path.
 
         Raises:
             VltrainError: this reason, under `bad_pictures="error"`.
@@ -90,14 +97,48 @@ class RecordReader:
         }
         if sample.images:
             try:
-                pictures = [self._open(source, record) for source in sample.images]
+                item |= self.shown(sample.images, record)
             except VltrainError as error:
                 if self.bad_pictures == "error":
                     raise
                 return {DROPPED: str(error)}
-            processed = self.processor.image_processor(images=pictures, return_tensors="pt")
-            item["pixel_values"] = processed["pixel_values"]
         return item
+
+    def shown(self, sources: Sequence[str], record: Record) -> dict[str, Any]:
+        """The pictures of a record: what `opened` adds for them.
+
+        Raises:
+            VltrainError: one is missing or broken.
+        """
+        if self.features is None:
+            return {"pixel_values": self._pixels([self._open(s, record) for s in sources])}
+        places = [self.locate(source, record) for source in sources]
+        kept = [self.features.find(place) for place in places]
+        lacking = [
+            self._open(source, record)
+            for source, features in zip(sources, kept, strict=True)
+            if features is None
+        ]
+        given: dict[str, Any] = {FEATURES: (self.features.input_name, kept)}
+        return given | ({"pixel_values": self._pixels(lacking)} if lacking else {})
+
+    def sources(self, record: Record) -> tuple[str, ...]:
+        """What the pictures of a record are named by, in order; no text is encoded."""
+        return tuple(read_conversation(record.value, format=self.format)[0].image_sources)
+
+    def locate(self, source: str, record: Record) -> Place:
+        """Where a picture of a record is; raises VltrainError where it is not."""
+        place = self.pictures.locate(source, record.file)
+        if isinstance(place, Fault):
+            raise error_of([place], record.name)
+        return place
+
+    def pixels(self, picture: Place) -> Any:
+        """A picture as the model takes it, float [3, S, S]; raises VltrainError if it is broken."""
+        return self._pixels([open_image(picture, side=self.processor.picture_side)])[0]
+
+    def _pixels(self, pictures: Sequence[Image]) -> Any:
+        return self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
     def _open(self, source: str, record: Record) -> Image:
         side = self.processor.picture_side
@@ -177,4 +218,8 @@ class SampleDataset:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One sample: see `RecordReader.item`."""
-        return self.reader.item(self.table.record(self._numbers[number]))
+        return self.reader.item(self.record(number))
+
+    def record(self, number: int) -> Record:
+        """What a sample is made of."""
+        return self.table.record(self._numbers[number])

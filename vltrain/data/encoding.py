@@ -34,6 +34,8 @@ class Processor(Protocol):
     pad_id: int
     fingerprint: str
     """Another one where any text or picture has other ids."""
+    pixels_fingerprint: str
+    """Another one where any picture has other pixels."""
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of text: its grounding markup is parsed, control tokens stay plain text."""

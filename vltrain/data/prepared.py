@@ -51,6 +51,8 @@ _WITHOUT_EFFECT = (
     "streaming",
     "shuffle_buffer",
     "cache_dir",
+    "cache_features",
+    "features_max_gib",
 )
 
 

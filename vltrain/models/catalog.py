@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vltrain.errors import VltrainError
 from vltrain.models.checkpoint_json import read_json
-from vltrain.models.family import Family, Parts
+from vltrain.models.family import Family, FeatureStage, Parts
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
 from vltrain.models.qwen_vl.layouts import original_layout, transformers_layout
 from vltrain.models.qwen_vl.modeling import QwenVLForConditionalGeneration
@@ -32,6 +32,20 @@ QWEN_VL = Family(
     constants=("transformer.visual.attn_pool.pos_embed",),
     see_always=QwenVLForConditionalGeneration.see_always,
     read_sizes=QwenVLConfig.model_sizes,
+    feature_stages=(
+        FeatureStage(
+            input_name="image_embeds",
+            fed_by=("vision", "projector"),
+            shape=lambda config: (config.vision.n_queries, config.vision.output_dim),
+            compute=lambda model, pixels: model.transformer.visual(pixels),
+        ),
+        FeatureStage(
+            input_name="patch_embeds",
+            fed_by=("vision",),
+            shape=lambda config: (config.vision.patches, config.vision.width),
+            compute=lambda model, pixels: model.transformer.visual.encode_patches(pixels),
+        ),
+    ),
     layouts={"original": original_layout, "transformers": transformers_layout},
 )
 

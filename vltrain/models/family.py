@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vltrain.models.layout import LayoutOf
@@ -43,6 +44,17 @@ def has_prefix(name: str, prefix: str) -> bool:
 
 
 @dataclass(frozen=True)
+class FeatureStage:
+    """A point on the way from pixels to image tokens whose values can be kept of a picture."""
+
+    input_name: str  # what the model's forward calls them
+    fed_by: tuple[Part, ...]  # the parts whose weights the values follow from
+    shape: Callable[[Any], tuple[int, ...]]  # of one picture's values, by the config
+    # The values of pictures: float [N, 3, S, S] -> [N, *shape], on the model's device.
+    compute: Callable[[PreTrainedModel, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: how it is told, read, adapted and laid out."""
 
@@ -62,6 +74,7 @@ class Family:
     see_always: Callable[[PreTrainedModel], None]
     # Shapes that memory is computed from; it takes what `read_config` gives.
     read_sizes: Callable[[Any], ModelSizes]
+    feature_stages: tuple[FeatureStage, ...]  # the last on the way first
     layouts: Mapping[str, LayoutOf]  # that `vltrain export` writes, by their names
 
     @property

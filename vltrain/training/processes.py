@@ -34,6 +34,13 @@ def process_count() -> int:
     return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
+def local_share() -> tuple[int, int]:
+    """Which process this is of those of its machine, and how many they are."""
+    if not started_by_torchrun():
+        return 0, 1
+    return int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     """Whether this is the process that speaks and writes for all."""
     return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"

@@ -51,6 +51,7 @@ from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
 from vltrain.workflows.advice import refuse_what_cannot_fit
+from vltrain.workflows.features import keep_features
 from vltrain.workflows.guard import (
     advised,
     data_fingerprint,
@@ -162,6 +163,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     for line in decisions(recipe, base.family, base.folder, held):
         console.print(line, soft_wrap=True)
     with advised(recipe, memory):
+        keep_features(console, recipe, base.family, model, halves, arguments, engine)
         fit(console, run, signals, recipe, model, base, halves, arguments, engine, held, layers)
     tensors = final_tensors(model, recipe, base)
     if origin is not None:

@@ -32,6 +32,11 @@ class VisionSizes:
         return int(self.width * self.mlp_ratio)
 
     @property
+    def patches(self) -> int:
+        """Of a picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
     def image_end_id(self) -> int:
         return self.image_start_id + 1
 
@@ -109,7 +114,7 @@ class QwenVLConfig(PreTrainedConfig):
                 width=vision.width,
                 heads=vision.heads,
                 mlp_width=vision.mlp_width,
-                patches=(vision.image_size // vision.patch_size) ** 2,
+                patches=vision.patches,
                 image_tokens=vision.n_queries,
                 marks=2,
             ),

@@ -24,7 +24,7 @@ from vltrain.models.attention import boundary_mask
 from vltrain.models.loss import learned_loss
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
 from vltrain.models.qwen_vl.positions import log_n_scale, ntk_alpha, rotary_tables, rotate
-from vltrain.models.qwen_vl.vision import Resampler, VisionTower, sincos_2d
+from vltrain.models.qwen_vl.vision import Resampler, VisionTower, in_order, sincos_2d
 
 
 def host_would_wait(device: torch.device) -> bool:
@@ -212,13 +212,21 @@ class QwenVLModel(QwenVLPreTrainedModel):
         self.wte = value
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, *, said: bool = False
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        patch_embeds: Tensor | None = None,
+        picture_order: Tensor | None = None,
+        *,
+        said: bool = False,
     ) -> Tensor:
         """Token embeddings with the image tokens of the pictures over `<imgpad>`.
 
         Args:
             input_ids: int64 [B, L]; each picture is `<img>`, Q `<imgpad>`, `</img>`.
             pixel_values: float [N, 3, S, S], all pictures of the batch in order, or None.
+            image_embeds, patch_embeds, picture_order: as for `forward`.
             said: whether these are tokens that the model has just said: they have no pictures,
                 and counting their places would make the host wait for the device at each of them.
 
@@ -230,13 +238,19 @@ class QwenVLModel(QwenVLPreTrainedModel):
         """
         embeddings = self.wte(input_ids)
         vision = self.config.vision
-        pictures = 0 if pixel_values is None else pixel_values.size(0)
+        seen = (pixel_values, image_embeds, patch_embeds)
+        pictures = sum(part.size(0) for part in seen if part is not None)
         places = input_ids == vision.image_pad_id
         if pictures or not said:
             self._check_places(places, pictures)
-        if pixel_values is None or pictures == 0:
+        if pictures == 0:
             return embeddings + self._unseen(embeddings) if self.sees_always else embeddings
-        image_tokens = self.visual(pixel_values).to(embeddings.dtype).flatten(0, 1)
+        image_tokens = None
+        if pixel_values is not None or patch_embeds is not None:
+            order = None if patch_embeds is None else picture_order
+            image_tokens = self.visual(pixel_values, patch_embeds, order)
+        image_tokens = in_order(image_embeds, image_tokens, picture_order)
+        image_tokens = image_tokens.to(embeddings.dtype).flatten(0, 1)
         # Of the n-th image token the place is where n places have been counted.
         counted = places.flatten().cumsum(0)
         numbers = torch.arange(1, len(image_tokens) + 1, device=counted.device)
@@ -280,6 +294,9 @@ class QwenVLModel(QwenVLPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        image_embeds: Tensor | None = None,
+        patch_embeds: Tensor | None = None,
+        picture_order: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the last layer, normalised.
@@ -293,6 +310,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
             pixel_values: float [N, 3, S, S], all pictures of the batch in order.
             attention_mask: int64 [B, L + cached], 0 where padded; or what the attention takes.
             position_ids: int64 [B, L], counted from 0; default: the place in the row.
+            image_embeds: float [K, Q, D], image tokens of pictures whose pixels are not given.
+            patch_embeds: float [K, P, V], in their place what the ViT made of these pictures.
+            picture_order: int64 [N], where only some pictures have pixels: each one's place
+                among the K and the others behind them.
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`, pictures beside the
@@ -300,11 +321,12 @@ class QwenVLModel(QwenVLPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is not None and pixel_values is not None:
+        pictures = (pixel_values, image_embeds, patch_embeds)
+        if inputs_embeds is not None and any(part is not None for part in pictures):
             raise ValueError("pictures have their places in input_ids, not in inputs_embeds")
         if inputs_embeds is None:
             said = past_key_values is not None and input_ids.size(1) == 1
-            inputs_embeds = self.embed(input_ids, pixel_values, said=said)
+            inputs_embeds = self.embed(input_ids, *pictures, picture_order, said=said)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -417,7 +439,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 [B, L]; each picture is `<img>`, Q `<imgpad>`, `</img>`.
-            pixel_values: float [N, 3, S, S], all pictures of the batch in order.
+            pixel_values: float [N, 3, S, S], all pictures of the batch in order; what is known of
+                pictures from before stands in its place as `image_embeds` or `patch_embeds`, see
+                `QwenVLModel.forward`.
             attention_mask: int64 [B, L + cached], 0 where padded.
             labels: int64 [B, L], unshifted, -100 where nothing is learned.
             logits_to_keep: the last so many positions only; 0 for all.

@@ -250,6 +250,13 @@ class QwenVLProcessor(ProcessorMixin):
         layout = (self.n_queries, self.default_system)
         return f"qwen_vl {self.tokenizer.vocabulary_hash} {layout}"
 
+    @property
+    def pixels_fingerprint(self) -> str:
+        """Of the image processor; whoever has the same gets the same pixels."""
+        processor = self.image_processor
+        values = (processor.image_size, processor.image_mean, processor.image_std)
+        return f"qwen_vl bicubic {values}"
+
     def text_ids(self, text: str) -> list[int]:
         """The ids of what somebody wrote.
 

@@ -184,18 +184,50 @@ class VisionTower(nn.Module):
         trunk = (self.conv1, self.ln_pre, self.transformer)
         return any(p.requires_grad for module in trunk for p in module.parameters())
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        patch_embeds: Tensor | None = None,
+        picture_order: Tensor | None = None,
+    ) -> Tensor:
         """Image tokens of pictures.
 
         A frozen ViT runs without gradients whatever checkpointing has made of its inputs:
         nothing is kept of it, nothing recomputed.
 
         Args:
-            pixel_values: float [N, 3, S, S].
+            pixel_values: float [N - K, 3, S, S]; None where K is N.
+            patch_embeds: float [K, P, V], what `encode_patches` gave for the other pictures.
+            picture_order: as for `in_order`.
 
         Returns:
             float [N, Q, D].
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vit_learns()):
-            patches = self.encode_patches(pixel_values)
+        patches = None
+        if pixel_values is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.vit_learns()):
+                patches = self.encode_patches(pixel_values)
+        patches = in_order(patch_embeds, patches, picture_order)
         return self.ln_post(self.attn_pool(patches)) @ self.proj
+
+
+def in_order(kept: Tensor | None, computed: Tensor | None, picture_order: Tensor | None) -> Tensor:
+    """What is known of pictures from before and what was computed, in the order of the pictures.
+
+    Args:
+        kept: [K, …], or None.
+        computed: [N - K, …], or None.
+        picture_order: int64 [N], each picture's place among the K and the others behind them;
+            needed where there are both.
+
+    Raises:
+        ValueError: neither is given, or both and no order.
+    """
+    if computed is not None and kept is not None:
+        if picture_order is None:
+            raise ValueError("pictures with and without features need picture_order")
+        return torch.cat([kept, computed]).index_select(0, picture_order)
+    given = kept if computed is None else computed
+    if given is None:
+        raise ValueError("there is no picture")
+    return given
