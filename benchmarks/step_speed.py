@@ -37,6 +37,7 @@ from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+from vltrain.training.master_adamw import master_optimizer, narrow_learned
 from vltrain.training.profiling import Measured, measure
 
 STEP_SAMPLES = 8
@@ -57,6 +58,7 @@ class Cell:
     recompute_every: int = 0
     dropout: float = 0.05
     embeddings: bool = False  # wte and lm_head learn too
+    narrow: bool = False  # what learns is bf16, with float32 masters in the optimizer
     steps: int = 4
 
     @property
@@ -88,9 +90,12 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
         replace(fast, name="all, fast, half rows", tokens=longest, row_tokens=4 * longest),
         replace(packed, tokens=longest),
         replace(plain, tokens=longest),
+        replace(fast, name="all, fast, bf16 adapters", tokens=middle, narrow=True),
+        replace(fast, name="all, fast, bf16 adapters", tokens=longest, narrow=True),
         replace(base, tokens=short),
         replace(base, tokens=longest),
         replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),
+        replace(base, name="Base: all, fast, bf16 learned", tokens=longest, narrow=True),
         replace(fast, name="all, fast, no dropout", tokens=longest, dropout=0.0),
     ]
 
@@ -100,11 +105,11 @@ class Models:
 
     def __init__(self, *, tiny: bool) -> None:
         self.config = QwenVLConfig(**(SMALL if tiny else {}))
-        self._held: tuple[tuple[bool, float], nn.Module] | None = None
+        self._held: tuple[tuple[bool, float, bool], nn.Module] | None = None
 
     def of(self, cell: Cell) -> nn.Module:
         """With random weights and adapters, on the GPU where there is one."""
-        shape = (cell.embeddings, cell.dropout)
+        shape = (cell.embeddings, cell.dropout, cell.narrow)
         if self._held is None or self._held[0] != shape:
             self._held = None
             torch._dynamo.reset()  # it compiles no more than some variants of a layer
@@ -112,6 +117,8 @@ class Models:
             adapter = Adapter(dropout=cell.dropout, embeddings=cell.embeddings)
             self._held = (shape, add_lora(self._base(), QWEN_VL, FreezeConfig(), adapter, seed=0))
         model = self._held[1]
+        if cell.narrow:
+            narrow_learned(model)
         if cell.packed:
             attend_packed(model.get_base_model())
         else:
@@ -144,9 +151,11 @@ def run_cell(cell: Cell, models: Models, backend: str) -> dict[str, Any]:
         rows = StepRows(
             samples, step_samples=STEP_SAMPLES, row_tokens=max(cell.row_tokens, cell.tokens)
         )
-        measured = measure(model, arguments, rows, collate_rows, layers=layers)
+        data, collate = rows, collate_rows
     else:
-        measured = measure(model, arguments, samples, Collator(PAD_ID), layers=layers)
+        data, collate = samples, Collator(PAD_ID)
+    optimizer = master_optimizer(arguments) if cell.narrow else None
+    measured = measure(model, arguments, data, collate, layers=layers, optimizer=optimizer)
     return figures(cell, models.config, model, measured)
 
 

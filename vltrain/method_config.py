@@ -32,6 +32,7 @@ class LoraConfig:
     dora: bool = False  # learn the size of each weight's columns by itself (arXiv:2402.09353)
     rslora: bool = False  # alpha over the root of r, for large ranks (arXiv:2312.03732)
     plus: Annotated[float, Ge(1)] | None = None  # B learns so many times faster (arXiv:2402.12354)
+    weights: Literal["fp32", "bf16"] = "fp32"  # bf16: the optimizer keeps float32 masters of them
     start: Literal["zero", "pissa"] = "zero"  # pissa: at the base's main directions (2404.02948)
     continue_from: UserPath | None = None  # an earlier adapter; its shape is taken over
 
@@ -113,6 +114,8 @@ def method_faults(
         yield from _full_faults(dtype, freeze, full, trainer)
     else:
         yield from _adapter_faults(freeze, lora)
+    if method != "full" and lora.weights == "bf16":
+        yield from _bf16_faults(method, dtype, trainer)
     if method == "qlora":
         yield from _quantization_faults(lora, freeze, quantize)
     for part in fields(lr):
@@ -167,6 +170,25 @@ def _adapter_faults(freeze: FreezeConfig, lora: LoraConfig) -> Iterator[Fault]:
         if given:
             what = f"`lora.{key}` does not go with lora.start: pissa ({why})"
             yield f"lora.{key}", what, "take out one of the two"
+
+
+def _bf16_faults(method: Method, dtype: str, trainer: dict[str, Any]) -> Iterator[Fault]:
+    """What has no place for weights in bf16 with float32 masters."""
+    if method == "qlora":
+        what = "the optimizer of qlora has 8 bits, and keeps no float32 of weights in bf16"
+        yield "lora.weights", what, "take it out, or run `vltrain lora`"
+    if dtype not in ("auto", "bf16"):
+        yield (
+            "lora.weights",
+            f"adapters in bf16 stand beside a base in bf16, and dtype is {dtype}",
+            "take out dtype, or set lora.weights: fp32",
+        )
+    if "optim" in trainer:
+        yield (
+            "trainer.optim",
+            "lora.weights: bf16 has an optimizer of its own, an AdamW with float32 masters",
+            "take out trainer.optim, or set lora.weights: fp32",
+        )
 
 
 def _quantization_faults(

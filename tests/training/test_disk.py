@@ -16,7 +16,13 @@ from transformers import TrainingArguments
 
 from vltrain.errors import VltrainError
 from vltrain.training import disk
-from vltrain.training.disk import SavedBytes, refuse_small_disk, save_count, saved_bytes
+from vltrain.training.disk import (
+    MASTERS,
+    SavedBytes,
+    refuse_small_disk,
+    save_count,
+    saved_bytes,
+)
 from vltrain.training.files import is_disk_full
 
 GIB = 2**30
@@ -43,6 +49,12 @@ def test_a_full_run_saves_all_weights_and_the_optimizers_state_of_what_learns(op
     size = saved_bytes(model, "none", optimizer)
 
     assert size == SavedBytes(weights=100 * 4 + 100 * 2, optimizer=100 * state)
+
+
+def test_weights_with_masters_are_saved_in_float32_and_the_masters_with_both_moments():
+    model = nn.Linear(10, 10, bias=False).bfloat16()
+
+    assert saved_bytes(model, "none", MASTERS) == SavedBytes(weights=400, optimizer=1200)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def test_what_rounding_takes_is_kept_in_two_bytes():
     assert residual.states(CENSUS) - plain.states(CENSUS) == 2 * COUNT
 
 
+def test_a_weight_in_bfloat16_has_a_master_and_two_moments_in_float32():
+    halves = Census(
+        {"adapter": PlaceWeights(COUNT, COUNT, COUNT, 2 * COUNT, 2 * COUNT)}, AdapterSizes()
+    )
+
+    assert Optimizer("adamw_torch_fused", masters=True).states(halves) == 12 * COUNT
+
+
 def test_an_unknown_optimizer_is_counted_as_adamw_and_says_so():
     unknown = Optimizer("lomo")
 

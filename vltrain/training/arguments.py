@@ -91,6 +91,8 @@ def run_dtype(recipe: Recipe) -> str:
     """The dtype of a run's weights: the recipe's, what its method asks for, or the machine's."""
     if recipe.method == "full" and recipe.full.weights in ("residual", "stochastic"):
         return "bf16"
+    if recipe.method == "lora" and recipe.lora.weights == "bf16":
+        return "bf16"
     return dtype_for_machine(recipe.dtype)
 
 

@@ -13,7 +13,10 @@ from vltrain.errors import VltrainError
 from vltrain.models.shares import element_count
 from vltrain.training.checkpoints import checkpoints
 
-STATE_BYTES = (("8bit", 2), ("4bit", 1), ("adafactor", 0), ("sgd", 0), ("", 8))
+MASTERS = "masters"
+"""Stands for the optimizer of bfloat16 weights that are saved from its float32 ones."""
+
+STATE_BYTES = ((MASTERS, 12), ("8bit", 2), ("4bit", 1), ("adafactor", 0), ("sgd", 0), ("", 8))
 """Bytes that an optimizer keeps for each learned weight, by a part of its name; Adam's two
 averages in float32 where no other part fits."""
 
@@ -37,11 +40,13 @@ def saved_bytes(model: nn.Module, engine: str, optimizer: str) -> SavedBytes:
         model: of an adapter, what learns is saved; of another model, all.
         engine: DeepSpeed saves what learns once more, and in float32 again with the
             optimizer's state.
-        optimizer: `TrainingArguments`' name of it.
+        optimizer: `TrainingArguments`' name of it, or `MASTERS`.
     """
     learned = [p for p in model.parameters() if p.requires_grad]
     saved = learned if isinstance(model, PeftModel) else list(model.parameters())
-    weights = sum(element_count(p) * p.element_size() for p in saved)
+    weights = sum(
+        element_count(p) * (4 if optimizer == MASTERS else p.element_size()) for p in saved
+    )
     state = next(size for part, size in STATE_BYTES if part in optimizer)
     if engine == "deepspeed":
         return SavedBytes(weights, weights + sum(map(element_count, learned)) * (4 + state))

@@ -57,6 +57,7 @@ def measure(
     collator: Callable[..., dict[str, Any]],
     mix: Mix | None = None,
     layers: LayerRuns | None = None,
+    optimizer: tuple[type, dict[str, Any]] | None = None,
 ) -> Measured:
     """Train as `arguments` say, and return what it took.
 
@@ -66,6 +67,7 @@ def measure(
         arguments: with as many `max_steps` as are to be measured, and nothing to be saved.
         mix: what an epoch shows of `dataset`; None: each sample once.
         layers: how the model's layers are run; None: as `arguments` have it.
+        optimizer: its class and settings; None: the one that `arguments` name.
     """
     clock = StepClock()
     trainer = Trainer(
@@ -75,6 +77,7 @@ def measure(
         data_collator=collator,
         mix=mix,
         layers=layers,
+        optimizer_cls_and_kwargs=optimizer,
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)

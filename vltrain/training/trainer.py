@@ -29,6 +29,7 @@ from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.learning_rates import split_groups
+from vltrain.training.master_adamw import masters_of, narrow_learned
 from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.step_batches import ROWS, StepBatches, in_turn
 from vltrain.training.stopping import LeaveSignals
@@ -188,6 +189,7 @@ class Trainer(ResumableTrainer):
         self._counted_since = time.perf_counter()
         self._told: set[str] = set()  # why samples were dropped
         self._held_out = LossSum()  # of the evaluation that is going on
+        self._widened = False  # whether the optimizer's masters have taken the weights' place
 
     def training_step(
         self,
@@ -343,6 +345,8 @@ class Trainer(ResumableTrainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
+            if masters := masters_of(self.model, self.optimizer):
+                state_dict = self.model.state_dict() | masters
             self.model.save_pretrained(
                 str(folder), state_dict=state_dict, save_embedding_layers=False
             )
@@ -372,6 +376,7 @@ class Trainer(ResumableTrainer):
 
     def _load_best_model(self) -> None:
         """As `transformers`; other numbers of processes than this may have written the best."""
+        self.widen_masters()  # or what is read would be rounded
         best = self.state.best_model_checkpoint
         if self._engine.name != "deepspeed" or share_count(Path(best)) in (0, self.args.world_size):
             super()._load_best_model()
@@ -380,6 +385,24 @@ class Trainer(ResumableTrainer):
         self.model_wrapped._config.load_universal_checkpoint = True
         super()._load_best_model()
         self.state.best_model_checkpoint = best
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """An adapter's weights keep their dtype: `peft` reads them as float32."""
+        in_bf16 = _learns_in_bf16(self.model)
+        super()._load_from_checkpoint(*args, **kwargs)
+        if in_bf16 and isinstance(self.model, PeftModel):
+            narrow_learned(self.model)
+
+    def widen_masters(self) -> None:
+        """Let weights be the float32 that the optimizer has of them, once all steps are taken.
+
+        Done again it does nothing: the best checkpoint may have taken their place.
+        """
+        masters = {} if self._widened else masters_of(self.model, self.optimizer)
+        self._widened = True
+        for name, parameter in self.model.named_parameters():
+            if name in masters:
+                parameter.data = masters[name]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self._counted_since = time.perf_counter()  # passing over old batches is no training

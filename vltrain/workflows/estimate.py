@@ -51,6 +51,7 @@ from vltrain.workflows.run_data import Halves
 from vltrain.workflows.train import (
     Base,
     count_run,
+    optimizer_of,
     read_base,
     read_halves,
 )
@@ -231,6 +232,7 @@ def probe_epoch(
             Collator(base.processor.pad_id) if halves.rows is None else collate_rows,
             halves.mix,
             layers,
+            optimizer_of(recipe, arguments, None),
         )
     return EpochTime(measured.seconds_per_step(WARMUP_STEPS), epoch_steps(recipe, halves))
 

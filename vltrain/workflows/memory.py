@@ -94,6 +94,8 @@ def work_of(
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
     if held in HELD:
         optimizer = Optimizer("adamw_8bit", residual=held == "residual")
+    if recipe.method == "lora" and recipe.lora.weights == "bf16":
+        optimizer = Optimizer("adamw_torch_fused", masters=True)
     accumulates = arguments.gradient_accumulation_steps > 1 or recipe.batch.samples is not None
     return Work(compute, optimizer, accumulates, sharing_of(engine, processes))
 

@@ -25,6 +25,7 @@ from vltrain.training.arguments import run_dtype
 from vltrain.training.deepspeed_file import refuse_file_against_recipe
 from vltrain.training.engines import Engine
 from vltrain.training.full_weights import HELD, HeldWeights, held_weights
+from vltrain.training.master_adamw import narrow_learned
 
 
 def refuse_unfit_base(recipe: Recipe, folder: Path) -> None:
@@ -55,6 +56,12 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
     if engine.config is not None:
         refuse_file_against_recipe(recipe, engine.config)
     weights = recipe.full.weights
+    if recipe.method == "lora" and recipe.lora.weights == "bf16" and engine.name != "none":
+        raise VltrainError.at(
+            "lora.weights",
+            what=f"adapters in bf16 are for one process, and this run is under {engine}",
+            fix="set lora.weights: fp32, or start one process",
+        )
     if recipe.method == "qlora" and engine.shards_weights:
         raise VltrainError.at(
             "engine",
@@ -196,15 +203,18 @@ def shape_of(recipe: Recipe) -> Recipe:
 def hold_weights(
     model: PreTrainedModel | PeftModel, recipe: Recipe, gpu_bytes: int | None
 ) -> HeldWeights | None:
-    """Widen the learned weights of a full run to float32, or leave them in bfloat16.
+    """Widen the learned weights of a full run to float32, or leave them in bfloat16; those of
+    adapters are narrowed where the recipe has them so.
 
     Args:
         gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.
 
     Returns:
-        How they are held: all but fp32 need `Bf16AdamW`; None where adapters learn.
+        How a full run holds them: all but fp32 need `Bf16AdamW`; None where adapters learn.
     """
     if recipe.method != "full":
+        if recipe.method == "lora" and recipe.lora.weights == "bf16":
+            narrow_learned(model)
         return None
     counts = [(element_count(p), p.requires_grad) for p in model.parameters()]
     held = held_weights(

@@ -39,11 +39,12 @@ from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.checkpoints import checkpoint_step, clear_drafts
 from vltrain.training.deepspeed_file import decisions_of_file
-from vltrain.training.disk import saved_bytes
+from vltrain.training.disk import MASTERS, saved_bytes
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
 from vltrain.training.gradient_check import AdapterGradients
 from vltrain.training.learning_rates import rate_of
+from vltrain.training.master_adamw import master_optimizer
 from vltrain.training.plot import plot_loss
 from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
@@ -148,7 +149,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     first = first_weights(model) if recipe.lora.start == "pissa" else None
     refuse_no_space(
         run,
-        saved_bytes(model, engine.name, "adamw_8bit" if held in HELD else str(arguments.optim)),
+        saved_bytes(model, engine.name, saved_states(recipe, arguments, held)),
         arguments,
         halves,
     )
@@ -392,7 +393,7 @@ def fit(
         stop_requested=signals.requested,
         stop_after_nonfinite=recipe.stop_after_nonfinite,
         callbacks=[MetricsLog(run.append_metrics), progress, AdapterGradients()],
-        optimizer_cls_and_kwargs=bf16_optimizer(arguments, held) if held in HELD else None,
+        optimizer_cls_and_kwargs=optimizer_of(recipe, arguments, held),
         rate=rate_of(
             base.family, recipe.lr, default=arguments.learning_rate, plus=recipe.lora.plus
         ),
@@ -402,10 +403,29 @@ def fit(
     try:
         with signals.noted():
             trainer.train(resume_from_checkpoint=source)
+        trainer.widen_masters()
     finally:
         progress.bar.stop()  # or a run that breaks off leaves the terminal without a cursor
     if is_first():
         clear_drafts(run.path)
+
+
+def saved_states(recipe: Recipe, arguments: TrainingArguments, held: HeldWeights | None) -> str:
+    """The optimizer of a run, by a name that `saved_bytes` knows."""
+    if held in HELD:
+        return "adamw_8bit"
+    return str(arguments.optim) if optimizer_of(recipe, arguments, held) is None else MASTERS
+
+
+def optimizer_of(
+    recipe: Recipe, arguments: TrainingArguments, held: HeldWeights | None
+) -> tuple[type, dict[str, Any]] | None:
+    """The optimizer of weights in bf16, with its settings; None: the arguments name another."""
+    if held in HELD:
+        return bf16_optimizer(arguments, held)
+    if recipe.method == "lora" and recipe.lora.weights == "bf16":
+        return master_optimizer(arguments)
+    return None
 
 
 def final_tensors(
