@@ -56,6 +56,7 @@ class Cell:
     row_tokens: int = 16_384
     compiled: bool = True
     recompute_every: int = 0
+    kept: float = 1.0  # share of what compiled layers keep for the way back
     dropout: float = 0.05
     embeddings: bool = False  # wte and lm_head learn too
     narrow: bool = False  # what learns is bf16, with float32 masters in the optimizer
@@ -90,6 +91,10 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
         replace(fast, name="all, fast, half rows", tokens=longest, row_tokens=4 * longest),
         replace(packed, tokens=longest),
         replace(plain, tokens=longest),
+        *(
+            replace(fast, name=f"all, {kept:.0%} kept", tokens=longest, kept=kept)
+            for kept in (0.7, 0.5, 0.3)
+        ),
         replace(fast, name="all, fast, bf16 adapters", tokens=middle, narrow=True),
         replace(fast, name="all, fast, bf16 adapters", tokens=longest, narrow=True),
         replace(base, tokens=short),
@@ -143,7 +148,7 @@ def run_cell(cell: Cell, models: Models, backend: str) -> dict[str, Any]:
     model = models.of(cell)
     steps = cell.warmup + cell.steps
     samples = Samples(models.config, cell.tokens, STEP_SAMPLES * steps)
-    layers = LayerRuns(cell.compiled, cell.recompute_every, backend)
+    layers = LayerRuns(cell.compiled, cell.recompute_every, cell.kept, backend)
     arguments = step_arguments(
         steps, 1 if cell.packed else STEP_SAMPLES, gradient_checkpointing=False
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from vltrain.data_config import BatchConfig, DataConfig, MixEntry, batch_faults, data_faults
@@ -60,8 +60,9 @@ class Recipe:
     batch: BatchConfig = field(default_factory=BatchConfig)
     compile: Literal["auto"] | bool = False  # the layers; auto: on a GPU where it is known to work
     # How layers are run, in the place of trainer.gradient_checkpointing. fast: none is recomputed;
-    # lean: all; auto: as few as the GPU's memory asks for, by the estimate.
-    memory: Literal["fast", "auto", "lean"] | None = None
+    # lean: all; auto: as few as the GPU's memory asks for, by the estimate. A number: the share
+    # that compiled layers keep of what they would, operator by operator.
+    memory: Literal["fast", "auto", "lean"] | Annotated[float, Gt(0), Lt(1)] | None = None
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
     trainer: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, its own names
@@ -301,6 +302,12 @@ def _contradictions(recipe: Recipe) -> Iterator[Fault]:
             "deepspeed",
             f"engine is {recipe.engine}, and deepspeed: {recipe.deepspeed} is given",
             "take out deepspeed, or set engine: deepspeed",
+        )
+    if isinstance(recipe.memory, float) and recipe.compile is False:
+        yield (
+            "memory",
+            f"memory: {recipe.memory} is a share of what compiled layers keep, and none is",
+            "set compile: true, or memory: fast, auto or lean",
         )
     if recipe.arranges_layers and recipe.trainer.get("gradient_checkpointing_kwargs"):
         yield (

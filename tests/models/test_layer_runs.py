@@ -8,6 +8,7 @@ import torch
 from tiny import IMAGE_START_ID, QWEN_VL_CONFIG
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 from varlen_on_cpu import serve_on_cpu
 
 from vltrain.config import FreezeConfig
@@ -36,6 +37,7 @@ def compilations() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
     yield
+    functorch.activation_memory_budget = 1.0
     torch._dynamo.reset()
 
 
@@ -134,6 +136,28 @@ def test_other_lengths_and_numbers_of_samples_compile_nothing_more(kernel):
 
     assert 0 < warm <= 4, "the layers and the first of them; the tower, for a picture and for more"
     assert counters["stats"]["unique_graphs"] == warm
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_the_share_that_they_are_given_and_teach_the_same(kernel):
+    model = adapted_model()
+    expected = learn(model, 5, 3)
+    kept: list[int] = []
+    for share in (1.0, 0.3):
+        partitioned = "aot_eager_decomp_partition"
+        arrange_layers(model, LayerRuns(compiled=True, kept=share, backend=partitioned))
+        sizes: list[int] = []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(0 if isinstance(tensor, nn.Parameter) else tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            found = learn(model, 5, 3)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        kept.append(sum(sizes))
+
+    assert kept[1] < 0.85 * kept[0]
 
 
 def test_in_evaluation_layers_run_as_they_are():

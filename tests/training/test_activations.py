@@ -95,6 +95,20 @@ def test_without_checkpointing_every_layer_is_kept():
     assert decoder_kept(SIZES, RESTING, BATCH, bare) == 10 * 2 * 272 + 10 * 4 * 8 + 6 * 2 * 8
 
 
+def test_of_every_second_layer_only_the_input_is_kept():
+    three = replace(SIZES, decoder=replace(SIZES.decoder, layers=3))
+    half = replace(HALF, recompute_every=2)
+    layer = decoder_layer(three, RESTING, BATCH, HALF).kept
+
+    assert decoder_kept(three, RESTING, BATCH, half) == 2 * 320 // 2 + layer + 320 + 96
+
+
+def test_a_share_is_of_all_that_layers_keep():
+    half = replace(HALF, checkpointing=False, kept_share=0.5)
+
+    assert decoder_kept(SIZES, RESTING, BATCH, half) == 10 * 272 + 10 * 4 * 8 + 6 * 2 * 8
+
+
 def test_hidden_states_have_the_width_of_the_embeddings():
     assert residual_bytes(RESTING) == 2
     assert residual_bytes(LEARNING) == 4

@@ -129,3 +129,15 @@ def test_a_run_that_fits_in_no_way_recomputes_every_layer():
     fitted = fit_layers(run_of(), 2**30)
 
     assert layers_of(recipe("memory=auto"), NO_ENGINE, fitted).recompute_every == 1
+
+
+def test_a_number_is_the_share_that_compiled_layers_keep():
+    half = recipe("compile=true", "memory=0.5")
+
+    assert layer_runs_of(half, NO_ENGINE) == LayerRuns(True, 0, kept=0.5)
+    with pytest.raises(VltrainError, match=r"0.5 is a share of what compiled layers keep"):
+        recipe("memory=0.5")
+
+
+def test_by_itself_a_share_is_none_where_nothing_is_compiled():
+    assert layer_runs_of(recipe("compile=auto", "memory=0.5"), NO_ENGINE) == LayerRuns(False, 1)

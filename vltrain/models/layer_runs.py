@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,6 +24,7 @@ class LayerRuns:
 
     compiled: bool = False
     recompute_every: int = 0  # each so-many-th layer is recomputed on the way back; 0: none
+    kept: float = 1.0  # of what compiled layers keep for the way back; the rest is recomputed
     backend: str = "inductor"  # of torch.compile
 
     def recomputes(self, number: int) -> bool:
@@ -40,6 +42,8 @@ def arrange_layers(model: nn.Module, runs: LayerRuns) -> None:
         model: with adapters or without.
         runs: the arrangement; `LayerRuns()` leaves the layers as their classes have them.
     """
+    if runs.compiled:
+        _keep(runs.kept)
     for layers in stacks_of(model):
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = False
@@ -77,6 +81,17 @@ class _Forward:
         if self.recomputed and torch.is_grad_enabled():
             return checkpoint(run, layer, *args, use_reentrant=False, **kwargs)
         return run(layer, *args, **kwargs)
+
+
+def _keep(share: float) -> None:
+    """Let layers that are compiled from here on keep so much of what their way back reads.
+
+    What is cheapest to compute again, operator by operator, is left out first. Layers that were
+    compiled for another share are forgotten.
+    """
+    if functorch.activation_memory_budget != share:
+        functorch.activation_memory_budget = share
+        torch._dynamo.reset()
 
 
 @cache

@@ -40,6 +40,8 @@ class Compute:
     checkpointing: bool = True
     recompute_every: int = 1  # with checkpointing, each so-many-th layer is recomputed
 
+    kept_share: float = 1.0  # of a layer that is not recomputed whole; the rest is, within it
+
     def recomputed(self, layers: int) -> int:
         """How many of so many layers keep nothing but their input."""
         return -(-layers // self.recompute_every) if self.checkpointing else 0
@@ -123,7 +125,8 @@ def decoder_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: 
     d = sizes.decoder
     recomputed = compute.recomputed(d.layers)
     layers = recomputed * residual_bytes(census) * d.width * batch.tokens
-    layers += (d.layers - recomputed) * decoder_layer(sizes, census, batch, compute).kept
+    whole = (d.layers - recomputed) * decoder_layer(sizes, census, batch, compute).kept
+    layers += round(whole * compute.kept_share)
     mask = batch.rows * batch.row_tokens**2 if _needs_mask(batch, compute.attention) else 0
     end = FLOAT * d.width * batch.tokens + compute.bytes * d.width * batch.learned_tokens
     return layers + mask + end

@@ -199,7 +199,8 @@ class Step:
         """
         d, compute = self.sizes.decoder, self.work.compute
         layer = decoder_layer(self.sizes, self.computed, self.batch, compute)
-        here = layer.working + (layer.kept if compute.checkpointing else 0)
+        anew = 1.0 if compute.checkpointing else 1.0 - compute.kept_share
+        here = layer.working + round(layer.kept * anew)
         largest = d.width * max(3 * d.attention_width, d.mlp_width)
         rest = self._fresh_gradient("layers", largest) + self._gathered
         all_layers = self._copies("layers", "adapter")

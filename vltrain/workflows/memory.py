@@ -90,6 +90,7 @@ def work_of(
         bytes=DTYPES[run_dtype(recipe)].itemsize,
         attention="packed" if recipe.data.packing else "sdpa",
         checkpointing=checkpointing,
+        kept_share=1.0 if layers is None else layers.kept,
     )
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
     if held in HELD:

@@ -92,6 +92,10 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
         compiled = on_gpu and not engine.shards_weights and has_compiler()
     elif compiled:
         refuse_uncompilable(engine)
+    if isinstance(recipe.memory, float):
+        if not compiled:  # nothing can leave out a part of a layer: all of it is
+            return LayerRuns(recompute_every=1)
+        return LayerRuns(compiled=True, kept=recipe.memory)
     recomputed = {"fast": False, "lean": True}
     all_of_them = recomputed.get(recipe.memory, recipe.trainer["gradient_checkpointing"])
     return LayerRuns(compiled=compiled, recompute_every=1 if all_of_them else 0)
