@@ -113,6 +113,32 @@ def test_the_batch_is_the_largest_that_the_data_has(bare: Path, data: Path, caps
     assert batch["row_tokens"] < 2048
 
 
+STEPS = ("data.packing=true", "batch.samples=12", "data.max_length=2000")
+
+
+def test_a_step_of_packed_samples_is_taken_to_fill_the_rows_that_a_gpu_has(bare: Path, capsys):
+    estimate_run(None, model=str(bare), overrides=STEPS, as_json=True)
+
+    batch = json.loads(capsys.readouterr().out)["batch"]
+    # 8 samples of 2,000 tokens fit 16,384; each has a picture of 4 tokens and two marks.
+    assert batch == {"rows": 1, "row_tokens": 16_000, "learned_tokens": 15_952, "pictures": 8}
+
+
+def test_the_row_of_a_step_is_as_long_as_its_samples(bare: Path, data: Path, capsys):
+    estimate_run(None, model=str(bare), data=[data], overrides=STEPS, as_json=True)
+
+    batch = json.loads(capsys.readouterr().out)["batch"]
+    assert batch["row_tokens"] == 482, "all four samples"
+    assert batch["pictures"] == 5
+
+
+@pytest.mark.parametrize(("gib", "said"), [(80, "no layer"), (0.5, "every layer")])
+def test_memory_auto_recomputes_what_the_gpu_asks_for(bare: Path, capsys, gib, said):
+    estimate_run(None, model=str(bare), overrides=["memory=auto"], memory_gib=gib)
+
+    assert f"recomputed on the way back: {said} (memory: auto)" in capsys.readouterr().out
+
+
 def test_streamed_samples_are_taken_to_be_as_long_as_they_may_be(bare: Path, data: Path, capsys):
     estimate_run(
         None,

@@ -47,7 +47,7 @@ from vltrain.workflows.prepare import (
     shape_of,
 )
 from vltrain.workflows.quiet import hide_weight_bars
-from vltrain.workflows.run_data import Halves
+from vltrain.workflows.run_data import Halves, wide_row
 from vltrain.workflows.train import (
     Base,
     count_run,
@@ -215,7 +215,11 @@ def intended(recipe: Recipe) -> Recipe:
     trainer = recipe.trainer
     if recipe.method == "qlora":
         trainer = {"optim": "paged_adamw_8bit"} | trainer
-    return replace(recipe, dtype="fp32" if recipe.dtype == "fp32" else "bf16", trainer=trainer)
+    data = recipe.data
+    if recipe.batch.samples is not None and data.row_tokens == "auto":
+        data = replace(data, row_tokens=wide_row(data))
+    dtype = "fp32" if recipe.dtype == "fp32" else "bf16"
+    return replace(recipe, dtype=dtype, trainer=trainer, data=data)
 
 
 def probe_epoch(

@@ -172,6 +172,11 @@ def _for_evaluation(
     return SampleDataset(table, replace(reader, bad_pictures="error"), numbers)
 
 
+def wide_row(data: DataConfig) -> int:
+    """Tokens of a packed row of a step on a GPU, where the recipe leaves them open."""
+    return max(data.max_length, WIDE_ROW)
+
+
 @dataclass(frozen=True)
 class Packer:
     """How a recipe packs samples."""
@@ -188,7 +193,7 @@ class Packer:
         if self.data.row_tokens != "auto":
             return self.data.row_tokens
         wide = self.step_samples is not None and torch.cuda.is_available()
-        return max(self.data.max_length, WIDE_ROW if wide else 0)
+        return wide_row(self.data) if wide else self.data.max_length
 
     def rows(self, samples: SampleDataset, mix: Mix | None) -> PackedDataset | StepRows:
         """The samples of an epoch, packed.
