@@ -16,6 +16,7 @@ import vltrain.workflows.export
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
 import vltrain.workflows.preview
+import vltrain.workflows.quantize
 import vltrain.workflows.stats
 import vltrain.workflows.train
 from vltrain.cli import app, main
@@ -25,6 +26,7 @@ from vltrain.data.pictures import Pictures
 from vltrain.data.refcoco import EXPRESSION_QUESTION
 from vltrain.errors import GpuMemoryError, NotFiniteError, Stopped, VltrainError
 from vltrain.evaluation.generation import Decoding
+from vltrain.workflows.quantize import Calibration
 
 COMMANDS = (
     "full",
@@ -57,6 +59,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.export, "export"),
         (vltrain.workflows.cache, "cache_features"),
         (vltrain.workflows.chat, "answer_file"),
+        (vltrain.workflows.quantize, "quantize"),
         (vltrain.workflows.inspect, "check"),
         (vltrain.workflows.convert, "convert_coco_file"),
         (vltrain.workflows.convert, "convert_refcoco_file"),
@@ -229,6 +232,16 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
             },
         )
     ]
+
+
+def test_quantize_gets_model_data_and_device(called: list[tuple]):
+    words = ("--data", "a.json", "--data", "b.jsonl", "--samples", "64", "--device", "cuda:1")
+
+    assert type_in("quantize", "org/name", "out", *words, "--image-root", "pics") == 0
+    data = Calibration(
+        (Path("a.json"), Path("b.jsonl")), samples=64, pictures=Pictures(Path("pics"))
+    )
+    assert called == [("quantize", ("org/name", Path("out"), data), {"device": "cuda:1"})]
 
 
 def test_pictures_are_downloaded_only_if_a_word_says_so(called: list[tuple]):

@@ -46,6 +46,8 @@ QWEN_VL = Family(
             compute=lambda model, pixels: model.transformer.visual.encode_patches(pixels),
         ),
     ),
+    decoder="transformer.h",
+    last_norm="transformer.ln_f",
     layouts={"original": original_layout, "transformers": transformers_layout},
 )
 

@@ -75,6 +75,8 @@ class Family:
     # Shapes that memory is computed from; it takes what `read_config` gives.
     read_sizes: Callable[[Any], ModelSizes]
     feature_stages: tuple[FeatureStage, ...]  # the last on the way first
+    decoder: str  # the list of its layers, each a function of what the one before it gives
+    last_norm: str  # between the last of them and the head
     layouts: Mapping[str, LayoutOf]  # that `vltrain export` writes, by their names
 
     @property

@@ -1,4 +1,4 @@
-"""What a merge or an export wrote, beside it: a report with a hash of every file."""
+"""What a command wrote, beside it: a report with a hash of every file."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ from typing import Any
 
 from vltrain.models.catalog import read_json
 
-MERGE_REPORT, EXPORT_REPORT = "merge.json", "export.json"
-REPORT_FILES = (MERGE_REPORT, EXPORT_REPORT)
+MERGE_REPORT, EXPORT_REPORT, QUANTIZE_REPORT = "merge.json", "export.json", "quantize.json"
+REPORT_FILES = (MERGE_REPORT, EXPORT_REPORT, QUANTIZE_REPORT)
 
 
 def file_list(folder: Path) -> dict[str, dict[str, Any]]:
