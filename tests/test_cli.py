@@ -16,6 +16,7 @@ import vltrain.workflows.export
 import vltrain.workflows.inspect
 import vltrain.workflows.merge
 import vltrain.workflows.preview
+import vltrain.workflows.profile
 import vltrain.workflows.quantize
 import vltrain.workflows.stats
 import vltrain.workflows.train
@@ -40,6 +41,7 @@ COMMANDS = (
     "preview",
     "stats",
     "estimate",
+    "profile",
     "demo",
     "convert",
 )
@@ -67,6 +69,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         (vltrain.workflows.preview, "preview"),
         (vltrain.workflows.stats, "stats"),
         (vltrain.workflows.estimate, "estimate_run"),
+        (vltrain.workflows.profile, "profile_steps"),
         (vltrain.workflows.demo, "write_demo"),
         (vltrain.workflows.demo, "score_demo"),
     ):
@@ -348,6 +351,43 @@ def test_cache_gets_what_a_run_would(called: list[tuple], tmp_path: Path):
 
     given = {"method": "full", "model": "base", "data": [Path("a.json")]}
     assert called == [("cache_features", (file,), given | {"overrides": ["dtype=bf16"]})]
+
+
+def test_profile_gets_method_lengths_and_model(called: list[tuple]):
+    words = ("--method", "full", "--model", "base", "--random", "--lengths", "384,2048")
+    more = ("--steps", "3", "--output", "p.json", "--set", "compile=auto")
+
+    assert type_in("profile", *words, *more) == 0
+
+    given = {"method": "full", "model": "base", "random": True, "lengths": [384, 2048], "steps": 3}
+    given |= {"overrides": ["compile=auto"], "output": Path("p.json")}
+    assert called == [("profile_steps", (None,), given)]
+
+
+def test_profile_without_words_measures_the_lengths_of_the_original(called: list[tuple]):
+    assert type_in("profile") == 0
+
+    assert called[0][2]["lengths"] == [384, 512, 1024, 2048]
+    assert called[0][2]["model"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lengths", "a,b"), "is no list of numbers"),
+        (("--device", "tpu"), "is no device"),
+        (("--device", "cuda:x"), "is no device"),
+        (("--device", "cuda:99"), "this machine has no such GPU"),
+    ],
+)
+def test_profile_refuses_what_is_no_length_and_no_device(
+    called: list[tuple], monkeypatch: pytest.MonkeyPatch, words, message
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    with pytest.raises(VltrainError, match=message):
+        type_in("profile", *words)
+    assert called == []
 
 
 def test_estimate_gets_recipe_method_and_gpu(called: list[tuple], tmp_path: Path):

@@ -27,6 +27,7 @@ from vltrain.commands.options import (
     RecipePath,
     pictures_option,
 )
+from vltrain.commands.profile import profile
 from vltrain.commands.quantize import quantize
 from vltrain.commands.train import METHODS, TORCHRUN_SPELLING, TrainCommand, training_command
 from vltrain.errors import Stopped, VltrainError
@@ -188,6 +189,7 @@ def verify(
 
 app.command()(export)
 app.command()(cache)
+app.command()(profile)
 app.command()(quantize)
 app.command()(chat)
 

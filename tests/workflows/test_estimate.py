@@ -21,7 +21,7 @@ from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.training.memory import CONTEXT_BYTES, WORKSPACE_BYTES
 from vltrain.training.moments import Sharing
-from vltrain.training.profiling import measure
+from vltrain.training.profiling import Measured, measure
 from vltrain.training.trainer import Trainer
 from vltrain.workflows.estimate import (
     can_be_probed,
@@ -394,4 +394,11 @@ def test_as_many_steps_are_timed_as_are_run(base: Path, data: Path, tmp_path: Pa
 
     assert len(measured.seconds) == 4
     assert measured.peak_bytes is None
-    assert measured.seconds_per_step(1) == sorted(measured.seconds[1:])[1]
+    assert len(measured.waited) == 4
+
+
+def test_the_time_of_a_step_has_the_time_that_its_data_takes():
+    measured = Measured((9.0, 1.0, 3.0, 2.0), (9.0, 0.5, 0.0, 0.25), None, None, None)
+
+    assert measured.seconds_per_step(1) == 2.25
+    assert measured.waiting_share(1) == 0.75 / 6.75

@@ -4,11 +4,21 @@ from pathlib import Path
 
 from vltrain.errors import VltrainError
 from vltrain.models.checkpoint_json import read_json
-from vltrain.models.family import Family, FeatureStage, Parts
+from vltrain.models.family import ExamplePicture, Family, FeatureStage, Parts
 from vltrain.models.qwen_vl.configuration import QwenVLConfig
 from vltrain.models.qwen_vl.layouts import original_layout, transformers_layout
 from vltrain.models.qwen_vl.modeling import QwenVLForConditionalGeneration
-from vltrain.models.qwen_vl.processing import processor_from_folder
+from vltrain.models.qwen_vl.processing import QwenVLImageProcessor, processor_from_folder
+
+
+def example_picture(config: QwenVLConfig) -> ExamplePicture:
+    """One picture of a Qwen-VL v1."""
+    vision = config.vision
+    pads = [vision.image_pad_id] * vision.n_queries
+    side = vision.image_size
+    ids = (vision.image_start_id, *pads, vision.image_end_id)
+    return ExamplePicture(ids, QwenVLImageProcessor(side), side)
+
 
 QWEN_VL = Family(
     name="Qwen-VL v1",
@@ -32,6 +42,7 @@ QWEN_VL = Family(
     constants=("transformer.visual.attn_pool.pos_embed",),
     see_always=QwenVLForConditionalGeneration.see_always,
     read_sizes=QwenVLConfig.model_sizes,
+    example_picture=example_picture,
     feature_stages=(
         FeatureStage(
             input_name="image_embeds",

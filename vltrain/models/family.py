@@ -55,6 +55,18 @@ class FeatureStage:
 
 
 @dataclass(frozen=True)
+class ExamplePicture:
+    """How one picture stands in a made-up sample: for what is to be measured without a tokenizer.
+
+    In the place of a processor it reads pictures for the model.
+    """
+
+    input_ids: tuple[int, ...]  # marks and image tokens
+    image_processor: Callable[..., Any]
+    picture_side: int | None  # as for `data.encoding.Processor`
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: how it is told, read, adapted and laid out."""
 
@@ -74,6 +86,7 @@ class Family:
     see_always: Callable[[PreTrainedModel], None]
     # Shapes that memory is computed from; it takes what `read_config` gives.
     read_sizes: Callable[[Any], ModelSizes]
+    example_picture: Callable[[Any], ExamplePicture]  # by the config
     feature_stages: tuple[FeatureStage, ...]  # the last on the way first
     decoder: str  # the list of its layers, each a function of what the one before it gives
     last_norm: str  # between the last of them and the head

@@ -17,7 +17,7 @@ from vltrain.training.trainer import Trainer
 
 
 class StepClock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step."""
+    """Wall-clock seconds of each optimizer step, from its first forward on."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -36,18 +36,39 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+class DataClock(Trainer):
+    """A Trainer that notes how long it waits for the data of each optimizer step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.waited: list[float] = []  # seconds
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.waited.append(time.perf_counter() - began)
+        return batches
+
+
 @dataclass(frozen=True)
 class Measured:
     """What steps of training took."""
 
-    seconds: tuple[float, ...]  # of each optimizer step
+    seconds: tuple[float, ...]  # of each optimizer step, its data there
+    waited: tuple[float, ...]  # for the data of each: to be read, put together and sent off
     peak_bytes: int | None  # that torch had allocated at most; None without a GPU
     reserved_bytes: int | None  # that its allocator held of the GPU at most
     context_bytes: int | None  # that the GPU has used beside the allocator's, in the end
 
     def seconds_per_step(self, warmup: int) -> float:
-        """The median, without the first `warmup` steps."""
-        return statistics.median(self.seconds[warmup:])
+        """The median, its data waited for, without the first `warmup` steps."""
+        whole = [sum(one) for one in zip(self.seconds, self.waited, strict=True)]
+        return statistics.median(whole[warmup:])
+
+    def waiting_share(self, warmup: int) -> float:
+        """Of the time of all steps but the first `warmup`, the share that data was waited for."""
+        waited = sum(self.waited[warmup:])
+        return waited / (sum(self.seconds[warmup:]) + waited)
 
 
 def measure(
@@ -70,7 +91,7 @@ def measure(
         optimizer: its class and settings; None: the one that `arguments` name.
     """
     clock = StepClock()
-    trainer = Trainer(
+    trainer = DataClock(
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -81,15 +102,17 @@ def measure(
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)
-    if not torch.cuda.is_available():
-        trainer.train()
-        return Measured(tuple(clock.seconds), None, None, None)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = arguments.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    times = tuple(clock.seconds), tuple(trainer.waited[: len(clock.seconds)])
+    if not on_gpu:
+        return Measured(*times, None, None, None)
     free, whole = torch.cuda.mem_get_info()
     return Measured(
-        tuple(clock.seconds),
+        *times,
         torch.cuda.max_memory_allocated(),
         torch.cuda.max_memory_reserved(),
         whole - free - torch.cuda.memory_reserved(),

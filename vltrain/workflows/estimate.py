@@ -236,7 +236,7 @@ def probe_epoch(
             Collator(base.processor.pad_id) if halves.rows is None else collate_rows,
             halves.mix,
             layers,
-            optimizer_of(recipe, arguments, None),
+            optimizer_of(recipe, arguments, hold_weights(model, recipe, gpu_memory())),
         )
     return EpochTime(measured.seconds_per_step(WARMUP_STEPS), epoch_steps(recipe, halves))
 
