@@ -69,7 +69,11 @@ def pack(model: nn.Module, kind: type[nn.Module]) -> None:
     for name, plain in list(model.transformer.h.named_modules()):
         if isinstance(plain, nn.Linear):
             parent, _, own = name.rpartition(".")
-            setattr(model.transformer.h.get_submodule(parent), own, kind(random_codes(plain)))
+            setattr(
+                model.transformer.h.get_submodule(parent),
+                own,
+                kind(random_codes(plain), plain.weight.dtype),
+            )
 
 
 def random_codes(plain: nn.Linear) -> SimpleNamespace:
@@ -98,7 +102,7 @@ def kernel_error(kind: type[nn.Module]) -> float:
     plain = plain * codes.scales.float().repeat_interleave(GROUP, 0)
     x = torch.randn(3, codes.in_features)
     wanted = x.float() @ plain
-    return float((kind(codes)(x).float() - wanted).norm() / wanted.norm())
+    return float((kind(codes, x.dtype)(x).float() - wanted).norm() / wanted.norm())
 
 
 def prompt_of(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ TOLERANCE = 0.02  # of the output's length; bfloat16 rounds sums of thousands of
 class Int4Linear(nn.Module):
     """A packed layer in torch's own kernel for 4 bits: bfloat16 on a GPU, any float on a CPU."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        """Take the weights of one of GPTQModel's `TorchLinear`."""
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """Take the weights of one of GPTQModel's `TorchLinear`, to compute in a dtype."""
         super().__init__()
         self.in_features: int = layer.in_features
         self.out_features: int = layer.out_features
@@ -39,8 +39,8 @@ class Int4Linear(nn.Module):
         shift = (8 - zeros) * layer.scales.float()
         pairs = torch.stack([layer.scales.float(), shift], dim=-1)  # [G, N, 2]
         self.register_buffer("codes", _interleaved(codes.T.contiguous()))
-        self.register_buffer("scales_and_shifts", pairs.to(layer.scales.dtype).contiguous())
-        self.register_buffer("bias", layer.bias)
+        self.register_buffer("scales_and_shifts", pairs.to(dtype).contiguous())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., K] -> float [..., N] of the same dtype."""
@@ -78,8 +78,8 @@ class MarlinLayer(nn.Module):
     It is one operator to `torch.compile`, which cannot look into the kernel.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        """Take the weights of one of GPTQModel's `TorchLinear`.
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """Take the weights of one of GPTQModel's `TorchLinear`, to compute in a dtype.
 
         Raises:
             ModuleNotFoundError, ValueError, NotImplementedError: the kernel cannot be compiled
@@ -90,8 +90,7 @@ class MarlinLayer(nn.Module):
             from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
 
         self.out_features: int = layer.out_features
-        device, dtype = layer.qweight.device, layer.scales.dtype
-        with torch.device(device):
+        with torch.device(layer.qweight.device):
             kernel = MarlinLinear(
                 bits=layer.bits,
                 group_size=layer.group_size,
@@ -102,8 +101,9 @@ class MarlinLayer(nn.Module):
                 bias=layer.bias is not None,
                 dtype=dtype,
             )
-        for name in ("qweight", "g_idx", "scales", "qzeros"):
+        for name in ("qweight", "g_idx", "qzeros"):
             getattr(kernel, name).data = getattr(layer, name).clone()
+        kernel.scales.data = layer.scales.to(dtype)
         if layer.bias is not None:
             kernel.bias = layer.bias.to(dtype).clone()
         kernel.post_init()
@@ -129,11 +129,12 @@ def use_kernel(model: PreTrainedModel, kernel: Kernel = "torch") -> int:
         How many layers are in the kernel now.
     """
     made = 0
+    dtype = model.get_input_embeddings().weight.dtype  # packed layers have float16 in any model
     for name, layer in list(model.named_modules()):
-        if "qweight" not in layer._buffers or not _served(layer, kernel):
+        if "qweight" not in layer._buffers or not _served(layer, kernel, dtype):
             continue
-        fast = (Int4Linear if kernel == "torch" else MarlinLayer)(layer)
-        if not _alike(layer, fast):
+        fast = (Int4Linear if kernel == "torch" else MarlinLayer)(layer, dtype)
+        if not _alike(layer, fast, dtype):
             continue
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, fast)
@@ -144,18 +145,18 @@ def use_kernel(model: PreTrainedModel, kernel: Kernel = "torch") -> int:
     return made
 
 
-def _served(layer: nn.Module, kernel: Kernel) -> bool:
-    """Whether a kernel is made for layers of this shape, dtype and device."""
+def _served(layer: nn.Module, kernel: Kernel, dtype: torch.dtype) -> bool:
+    """Whether a kernel is made for layers of this shape and device, in a model of this dtype."""
     groups = torch.arange(layer.in_features, device=layer.g_idx.device) // layer.group_size
     plain = layer.bits == 4 and bool((layer.g_idx == groups).all())
     if not layer.qweight.is_cuda:
         return plain and kernel == "torch" and layer.group_size in GROUPS
     if kernel == "marlin":
-        return plain and layer.sym and layer.scales.dtype in (torch.float16, torch.bfloat16)
+        return plain and layer.sym and dtype in (torch.float16, torch.bfloat16)
     return (
         plain
         and layer.group_size in GROUPS
-        and layer.scales.dtype == torch.bfloat16
+        and dtype == torch.bfloat16
         and layer.in_features % (16 * INNER_TILES) == 0
         and layer.out_features % 8 == 0
         and torch.cuda.get_device_capability(layer.qweight.device) >= (8, 0)
@@ -163,11 +164,11 @@ def _served(layer: nn.Module, kernel: Kernel) -> bool:
 
 
 @torch.no_grad()
-def _alike(layer: nn.Module, fast: nn.Module) -> bool:
+def _alike(layer: nn.Module, fast: nn.Module, dtype: torch.dtype) -> bool:
     """Whether two forms of a layer give the same output for a random input."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, layer.in_features, generator=generator)
-    x = x.to(layer.qweight.device, layer.scales.dtype)
+    x = x.to(layer.qweight.device, dtype)
     weight = layer.dequantize_weight().T.to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     wanted = F.linear(x, weight, bias).float()
