@@ -96,7 +96,13 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
             for kept in (0.7, 0.5, 0.3)
         ),
         replace(fast, name="all, fast, bf16 adapters", tokens=middle, narrow=True),
-        replace(fast, name="all, fast, bf16 adapters", tokens=longest, narrow=True),
+        replace(
+            fast,
+            name="half rows, bf16 adapters",
+            tokens=longest,
+            narrow=True,
+            row_tokens=4 * longest,
+        ),
         replace(base, tokens=short),
         replace(base, tokens=longest),
         replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),
@@ -239,7 +245,7 @@ def main() -> None:
     """Measure the cells in order and write one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="a file for the lines, beside stdout")
-    parser.add_argument("--only", default="", help="cells whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="names that hold one of these")
     parser.add_argument("--tokens", type=int, nargs="+", help="cells of these lengths alone")
     parser.add_argument("--seconds", type=float, default=450.0, help="no cell begins after them")
     parser.add_argument("--cell-seconds", type=float, default=150.0, help="of one cell")
@@ -255,7 +261,8 @@ def main() -> None:
     models = Models(tiny=options.tiny)
     backend = options.backend or ("aot_eager" if options.tiny else "inductor")
     for cell in cells(16, 24, 32, 48) if options.tiny else cells(384, 512, 1024, 2048):
-        if options.only not in cell.name or cell.tokens not in (options.tokens or [cell.tokens]):
+        named = any(text in cell.name for text in options.only)
+        if not named or cell.tokens not in (options.tokens or [cell.tokens]):
             continue
         left = options.seconds - (time.perf_counter() - began)
         if left <= 0:
