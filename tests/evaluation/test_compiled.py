@@ -1,5 +1,7 @@
 """Answers from a compiled step: the same text, over a cache that is kept and grows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import write_qwen_vl
@@ -89,6 +91,31 @@ def test_a_step_that_does_not_compile_leaves_the_answers_as_they_are(asked, capl
 
 def test_a_model_on_the_cpu_is_not_compiled(asked):
     assert reason_against(asked[0]) == "the model is not on an NVIDIA GPU"
+
+
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        (None, None),
+        ("capability", "too old"),
+        ("triton", "triton is not installed"),
+        ("compiler", "no C compiler"),
+        ("quantizer", "quantized layers"),
+    ],
+)
+def test_a_model_on_a_gpu_is_compiled_where_all_is_there(monkeypatch, lacking, reason):
+    capability = (6, 1) if lacking == "capability" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(compiled, "find_spec", lambda _: None if lacking == "triton" else "there")
+    monkeypatch.setattr(
+        compiled.shutil, "which", lambda _: None if lacking == "compiler" else "/bin/cc"
+    )
+    quantizer = SimpleNamespace(is_compileable=False) if lacking == "quantizer" else None
+    model = SimpleNamespace(device=torch.device("cuda", 0), hf_quantizer=quantizer)
+
+    found = reason_against(model)
+
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize(("prompt", "size"), [(3, 2560), (2048, 2560), (2049, 4608), (6655, 8704)])

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
+from importlib.util import find_spec
 
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StaticCache
@@ -27,7 +28,7 @@ def reason_against(model: PreTrainedModel) -> str | None:
         return "the model is not on an NVIDIA GPU"
     if torch.cuda.get_device_capability(model.device) < (7, 0):
         return "this GPU is too old for compiled kernels"
-    if not torch.utils._triton.has_triton():
+    if find_spec("triton") is None:
         return "triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
         return "there is no C compiler, which triton needs"
