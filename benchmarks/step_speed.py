@@ -10,13 +10,14 @@ model.
 
 Model FLOPs are 4 x parameters x tokens of the decoder's layers (their weights are frozen: no
 gradient of theirs is computed), the same of the head over learned tokens (6 where it learns), and
-2 x parameters x patches of the frozen ViT; attention's own are left out.
+2 x parameters x patches of the frozen ViT where it runs; attention's own are left out.
 """
 
 import argparse
 import gc
 import json
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +32,13 @@ from torch import nn
 
 from vltrain.config import FreezeConfig
 from vltrain.data.collation import Collator, collate_rows
+from vltrain.data.dataset import FEATURES
+from vltrain.data.feature_store import FeatureStore
 from vltrain.data.step_rows import StepRows
 from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
+from vltrain.models.features import compute_features, frozen_stage
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.master_adamw import master_optimizer, narrow_learned
@@ -43,6 +47,7 @@ from vltrain.training.profiling import Measured, measure
 STEP_SAMPLES = 8
 PEAK_FLOPS = 780e12  # of one H100 in bf16, measured on large matrix products
 PAD_ID = 151643
+PICTURE = "picture"  # what features are kept under
 SMALL = TOY | {"visual": TOY["visual"] | {"image_size": 56, "n_queries": 4}}
 
 
@@ -60,6 +65,7 @@ class Cell:
     dropout: float = 0.05
     embeddings: bool = False  # wte and lm_head learn too
     narrow: bool = False  # what learns is bf16, with float32 masters in the optimizer
+    features: bool = False  # what the vision tower makes of pictures is read from the disk
     steps: int = 4
 
     @property
@@ -103,6 +109,10 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
             narrow=True,
             row_tokens=4 * longest,
         ),
+        *(
+            replace(fast, name="all, fast, features kept", tokens=tokens, features=True)
+            for tokens in lengths
+        ),
         replace(base, tokens=short),
         replace(base, tokens=longest),
         replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),
@@ -111,11 +121,41 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
     ]
 
 
+class KeptSamples(Samples):
+    """The same samples, with features of their picture in the place of its pixels."""
+
+    def __init__(self, config: QwenVLConfig, tokens: int, count: int, store: FeatureStore) -> None:
+        super().__init__(config, tokens, count)
+        self.store = store
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        del sample["pixel_values"]
+        features = self.store.read(self.store.place_of_content(PICTURE))
+        return sample | {FEATURES: (self.store.input_name, [features])}
+
+
+def keep_picture(model: nn.Module, config: QwenVLConfig, folder: Path) -> FeatureStore:
+    """Where the image tokens of one random picture are kept."""
+    stage = frozen_stage(model, QWEN_VL)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    store = FeatureStore(folder / "random", stage.input_name, stage.shape(config), name)
+    side = config.vision.image_size
+    pixels = torch.randn(1, 3, side, side)
+    autocast = dtype if on_gpu else None
+    made = compute_features(model, stage, pixels, dtype=dtype, autocast=autocast)
+    store.keep(PICTURE, made[0])
+    return store
+
+
 class Models:
     """The model that a cell needs; one is held at a time."""
 
     def __init__(self, *, tiny: bool) -> None:
         self.config = QwenVLConfig(**(SMALL if tiny else {}))
+        self.folder = Path(tempfile.mkdtemp())  # for features
         self._held: tuple[tuple[bool, float, bool], nn.Module] | None = None
 
     def of(self, cell: Cell) -> nn.Module:
@@ -153,7 +193,11 @@ def run_cell(cell: Cell, models: Models, backend: str) -> dict[str, Any]:
     """Train the cell's steps; what they took."""
     model = models.of(cell)
     steps = cell.warmup + cell.steps
-    samples = Samples(models.config, cell.tokens, STEP_SAMPLES * steps)
+    count = STEP_SAMPLES * steps
+    samples = Samples(models.config, cell.tokens, count)
+    if cell.features:
+        store = keep_picture(model, models.config, models.folder)
+        samples = KeptSamples(models.config, cell.tokens, count, store)
     layers = LayerRuns(cell.compiled, cell.recompute_every, cell.kept, backend)
     arguments = step_arguments(
         steps, 1 if cell.packed else STEP_SAMPLES, gradient_checkpointing=False
@@ -195,6 +239,7 @@ def step_flops(cell: Cell, config: QwenVLConfig, model: nn.Module) -> float:
     vision = config.vision
     layers = sum(p.numel() for n, p in base.h.named_parameters() if "lora_" not in n)
     vit = sum(p.numel() for p in base.visual.transformer.parameters())
+    vit = 0 if cell.features else vit
     learned = cell.tokens - vision.n_queries - 2
     patches = (vision.image_size // vision.patch_size) ** 2
     head = config.vocab_size * config.hidden_size
