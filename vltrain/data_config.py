@@ -54,7 +54,7 @@ class DataConfig:
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
     packing: bool = False  # rows of up to row_tokens tokens hold several samples each
-    # Tokens of a packed row. auto: data.max_length; with batch.samples, on a GPU, at least 16,384.
+    # Tokens of a packed row. auto: data.max_length; with batch.samples, on a GPU, at least 8,192.
     row_tokens: Literal["auto"] | Annotated[int, Ge(1)] = "auto"
     streaming: bool = False  # read records as they come, over and over; needs trainer.max_steps
     shuffle_buffer: Annotated[int, Ge(1)] = (

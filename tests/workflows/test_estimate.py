@@ -120,8 +120,8 @@ def test_a_step_of_packed_samples_is_taken_to_fill_the_rows_that_a_gpu_has(bare:
     estimate_run(None, model=str(bare), overrides=STEPS, as_json=True)
 
     batch = json.loads(capsys.readouterr().out)["batch"]
-    # 8 samples of 2,000 tokens fit 16,384; each has a picture of 4 tokens and two marks.
-    assert batch == {"rows": 1, "row_tokens": 16_000, "learned_tokens": 15_952, "pictures": 8}
+    # 4 samples of 2,000 tokens fit 8,192; each has a picture of 4 tokens and two marks.
+    assert batch == {"rows": 1, "row_tokens": 8_000, "learned_tokens": 7_976, "pictures": 4}
 
 
 def test_the_row_of_a_step_is_as_long_as_its_samples(bare: Path, data: Path, capsys):
