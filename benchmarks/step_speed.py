@@ -85,6 +85,7 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
     packed = replace(whole, name="packed alone", compiled=False)
     plain = replace(packed, name="none", packed=False, steps=3)
     base = replace(fast, name="Base: all, fast", embeddings=True)
+    kept = replace(fast, name="all, fast, features kept", features=True)
     return [
         *together,
         replace(whole, tokens=longest),
@@ -98,8 +99,8 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
         replace(packed, tokens=longest),
         replace(plain, tokens=longest),
         *(
-            replace(fast, name=f"all, {kept:.0%} kept", tokens=longest, kept=kept)
-            for kept in (0.7, 0.5, 0.3)
+            replace(fast, name=f"all, {share:.0%} kept", tokens=longest, kept=share)
+            for share in (0.7, 0.5, 0.3)
         ),
         replace(fast, name="all, fast, bf16 adapters", tokens=middle, narrow=True),
         replace(
@@ -109,10 +110,7 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
             narrow=True,
             row_tokens=4 * longest,
         ),
-        *(
-            replace(fast, name="all, fast, features kept", tokens=tokens, features=True)
-            for tokens in lengths
-        ),
+        *(replace(kept, tokens=tokens, row_tokens=4 * longest) for tokens in lengths),
         replace(base, tokens=short),
         replace(base, tokens=longest),
         replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),

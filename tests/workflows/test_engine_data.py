@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_place import Place, eval_losses, losses, make_place, run_together
+from group import start_group
 from rich.console import Console
 from runs import weights
 from safetensors.torch import load_file
@@ -201,3 +202,13 @@ def test_an_adapter_learned_in_bf16_is_saved_from_deepspeeds_float32(place, two,
 
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert any((tensor != tensor.bfloat16()).any() for tensor in adapter.values())
+
+
+def test_two_processes_share_out_the_pictures_whose_features_they_make(place: Place, tmp_path):
+    words = ["-m", "vltrain", "cache", "--model", str(place.base), "--data", str(place.data)]
+
+    done = start_group(2, *words, "--set", f"data.cache_dir={tmp_path}")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("features: computing 4 ") == 1
+    assert len(list((tmp_path / "features").glob("*/pictures/*/*"))) == 4

@@ -13,6 +13,7 @@ from vltrain.models.hub import fetch_weights
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE
+from vltrain.training.processes import is_first
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.prepare import prepare_model, refuse_unfit_base
 from vltrain.workflows.quiet import hide_weight_bars
@@ -31,6 +32,8 @@ def cache_features(
 ) -> None:
     """Compute and keep the features that a run of the recipe will read, without training.
 
+    Processes that torchrun has started share the work.
+
     Args:
         recipe_file, method, model, data, overrides: as for the run, and the output may be missing;
             its `data.cache_features` counts as true.
@@ -39,13 +42,14 @@ def cache_features(
         VltrainError: what would stop the run too, or features cannot be kept.
     """
     hide_weight_bars()
-    console = Console()
+    console = Console(quiet=not is_first())
     recipe = _recipe(recipe_file, method, model, data, overrides)
     base = read_base(recipe.model)
     refuse_unfit_base(recipe, base.folder)
     arguments = training_arguments(recipe)
     halves = read_halves(console, recipe, base, arguments)
-    fetch_weights(base.source)
+    with arguments.main_process_first():
+        fetch_weights(base.source)
     heading = f"{recipe.method} · {base.source.name} · {base.family.name}"
     console.print(Text(heading, "bold"), soft_wrap=True)
     made = prepare_model(
