@@ -118,10 +118,10 @@ def show(console: Console, setting: Setting, rows: Sequence[Row]) -> None:
         highlight=False,
     )
     if any((row.waiting_share or 0) > WAITING_LIMIT for row in rows):
-        others = "" if setting.kept else ", or data.cache_features: true"
+        others = "" if setting.kept else ", or set data.cache_features: true"
         console.print(
-            f"steps wait for data, read by {setting.workers_in_words}: try --set "
-            f"trainer.dataloader_num_workers=8{others}",
+            f"steps wait for data, read by {setting.workers_in_words}: raise "
+            f"trainer.dataloader_num_workers{others}",
             soft_wrap=True,
             highlight=False,
         )
