@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 ONE_BY_ONE = ("trainer.gradient_accumulation_steps=1", "trainer.max_steps=4")
 PACKED = ("data.packing=true", "data.max_length=270")
+IN_STEPS = (*PACKED, "batch.samples=2")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,9 @@ def test_a_run_with_kept_features_is_to_the_bit_one_without(
 
 
 @pytest.mark.parametrize(
-    "settings", [PACKED, ("trainer.per_device_train_batch_size=3",)], ids=["packed", "padded"]
+    "settings",
+    [PACKED, IN_STEPS, ("trainer.per_device_train_batch_size=3",)],
+    ids=["packed", "packed step by step", "padded"],
 )
 def test_pictures_encoded_together_differ_from_kept_ones_by_rounding_alone(
     base, data, tmp_path, settings: tuple[str, ...]

@@ -50,7 +50,7 @@ def look_through(
 
     A picture that is not there is passed over: it is told when its sample is shown.
     """
-    known: set[Path] = set()
+    known: set[str] = set()  # names of places, which are hashes
     lacking = []
     for half, dataset in enumerate(datasets):
         for number in range(len(dataset)):
@@ -59,9 +59,9 @@ def look_through(
             record = dataset.record(number)
             for source, name in enumerate(dataset.reader.sources(record)):
                 place = _place_of(store, dataset.reader, name, record)
-                if place is None or place in known:
+                if place is None or place.name in known:
                     continue
-                known.add(place)
+                known.add(place.name)
                 if not store.holds(place):
                     lacking.append(Wanted(half, number, source))
     return lacking, len(known)
