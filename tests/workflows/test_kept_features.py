@@ -280,6 +280,23 @@ def test_features_made_beforehand_are_those_of_the_run(base, data, tmp_path, enc
     assert same(tmp_path / "plain", tmp_path / "kept")
 
 
+def test_features_made_beforehand_are_kept_apart_by_what_the_engine_computes_in(base, data, capsys):
+    settings = ["dtype=bf16", f"data.cache_dir={data.parent / 'cache'}"]
+    cache_features(None, model=str(base), data=[data], overrides=settings)
+    capsys.readouterr()
+
+    for kept in (0, 4):  # DeepSpeed computes without autocast
+        cache_features(None, model=str(base), data=[data], overrides=[*settings, "deepspeed=zero2"])
+        assert f"features: 4 pictures, {kept} of them kept before" in capsys.readouterr().out
+
+
+def test_nothing_is_made_beforehand_for_an_engine_that_shares_weights_out(base, data):
+    settings = ["deepspeed=zero3", f"data.cache_dir={data.parent / 'cache'}"]
+
+    with pytest.raises(VltrainError, match="shares out the weights that they follow from"):
+        cache_features(None, model=str(base), data=[data], overrides=settings)
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

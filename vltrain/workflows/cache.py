@@ -12,12 +12,12 @@ from vltrain.errors import VltrainError
 from vltrain.models.hub import fetch_weights
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.arguments import training_arguments
-from vltrain.training.engines import NO_ENGINE
+from vltrain.training.engines import Machine
 from vltrain.training.processes import is_first
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.prepare import prepare_model, refuse_unfit_base
 from vltrain.workflows.quiet import hide_weight_bars
-from vltrain.workflows.train import read_base, read_halves
+from vltrain.workflows.train import plan_engine, read_base, read_halves
 
 NO_OUTPUT = Path("not given")  # nothing of a run is written
 
@@ -46,6 +46,9 @@ def cache_features(
     recipe = _recipe(recipe_file, method, model, data, overrides)
     base = read_base(recipe.model)
     refuse_unfit_base(recipe, base.folder)
+    machine = Machine.this()
+    in_group = machine.grouped or recipe.needs_processes  # as the run will be
+    engine = plan_engine(recipe, base, replace(machine, grouped=in_group))
     arguments = training_arguments(recipe)
     halves = read_halves(console, recipe, base, arguments)
     with arguments.main_process_first():
@@ -55,7 +58,7 @@ def cache_features(
     made = prepare_model(
         recipe, base.family, base.folder, device=arguments.device, seed=arguments.seed
     )
-    keep_features(console, recipe, base.family, made, halves, arguments, NO_ENGINE)
+    keep_features(console, recipe, base.family, made, halves, arguments, engine)
     console.print("done: runs of this recipe with data.cache_features: true read them")
 
 

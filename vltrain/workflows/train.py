@@ -201,8 +201,11 @@ def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine, halves: Halve
     return origin
 
 
-def plan_engine(recipe: Recipe, base: Base) -> Engine:
-    """The engine that the recipe asks for, or that the model's size calls for on this machine.
+def plan_engine(recipe: Recipe, base: Base, machine: Machine | None = None) -> Engine:
+    """The engine that the recipe asks for, or that the model's size calls for on a machine.
+
+    Args:
+        machine: default this one, in this process of a run.
 
     Raises:
         VltrainError: it cannot run here.
@@ -210,7 +213,7 @@ def plan_engine(recipe: Recipe, base: Base) -> Engine:
     return choose_engine(
         recipe.engine,
         recipe.deepspeed,
-        Machine.this(),
+        machine or Machine.this(),
         lambda: load_of(count_run(recipe, base, None)[0], recipe),
         base.family.layers,
     )
