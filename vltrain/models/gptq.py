@@ -158,8 +158,13 @@ def unpacked_weight(
     Returns:
         float32 [out, in].
     """
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    codes = (qweight[:, None, :] >> shifts[None, :, None] & 15).flatten(0, 1)  # [in, out]
-    zeros = (qzeros[:, :, None] >> shifts & 15).flatten(1) + 1  # [groups, out]
+    codes = unpacked_codes(qweight.T).T  # [in, out]
+    zeros = unpacked_codes(qzeros) + 1  # [groups, out]
     rows = groups.long()
     return ((codes - zeros[rows]) * scales.float()[rows]).T.contiguous()
+
+
+def unpacked_codes(words: torch.Tensor) -> torch.Tensor:
+    """The codes of 4 bits, int32 [R, 8 C], in numbers int32 [R, C], the lowest bits first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    return (words[:, :, None] >> shifts & 15).flatten(1)

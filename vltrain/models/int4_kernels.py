@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from vltrain.models.gptq import packed_weight, unpacked_codes
+
 Kernel = Literal["torch", "marlin"]
 
 INNER_TILES = 8  # of 16 inputs each, how the kernel in torch has its codes interleaved
@@ -32,13 +34,12 @@ class Int4Linear(nn.Module):
         self.in_features: int = layer.in_features
         self.out_features: int = layer.out_features
         self.group_size: int = layer.group_size
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=layer.qweight.device)
-        codes = (layer.qweight[:, None, :] >> shifts[None, :, None] & 15).flatten(0, 1)  # [K, N]
-        zeros = (layer.qzeros[:, :, None] >> shifts & 15).flatten(1)  # [G, N]
+        codes = unpacked_codes(layer.qweight.T)  # [N, K]
+        zeros = unpacked_codes(layer.qzeros)  # [G, N]
         # the kernel computes (code - 8) * scale + shift
         shift = (8 - zeros) * layer.scales.float()
         pairs = torch.stack([layer.scales.float(), shift], dim=-1)  # [G, N, 2]
-        self.register_buffer("codes", _interleaved(codes.T.contiguous()))
+        self.register_buffer("codes", _interleaved(codes))
         self.register_buffer("scales_and_shifts", pairs.to(dtype).contiguous())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
 
@@ -169,7 +170,7 @@ def _alike(layer: nn.Module, fast: nn.Module, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, layer.in_features, generator=generator)
     x = x.to(layer.qweight.device, dtype)
-    weight = layer.dequantize_weight().T.to(x.dtype)
+    weight = packed_weight(layer).to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     wanted = F.linear(x, weight, bias).float()
     return bool((fast(x).float() - wanted).norm() <= TOLERANCE * wanted.norm())
