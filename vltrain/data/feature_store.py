@@ -186,5 +186,5 @@ def no_room(folder: Path, needed_bytes: int, free_bytes: int) -> VltrainError:
         what=f"the features of all pictures take {needed_bytes / 2**30:,.2f} GiB more, and "
         f"{free_bytes / 2**30:,.2f} GiB are free",
         fix="make room, set data.cache_dir to a larger disk, lower data.features_max_gib, or set "
-        "data.cache_features: auto, which computes what does not fit",
+        "data.cache_features: auto, which keeps none where not all fit",
     )

@@ -148,7 +148,10 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 
 class Trainer(ResumableTrainer):
-    """`transformers.Trainer` whose logs tell tokens a second, learned tokens and padding."""
+    """`transformers.Trainer` on orders of our own: mixed, packed, streamed, step by step.
+
+    Its logs tell tokens a second, learned tokens and padding; its eval loss is a mean over tokens.
+    """
 
     def __init__(
         self,
