@@ -95,6 +95,15 @@ def test_with_kept_features_the_tower_does_not_run_in_a_step(folder, tmp_path, m
     assert kept["rows"][0]["flops"] < plain["rows"][0]["flops"]
 
 
+def test_auto_keeps_no_features_of_a_tower_that_learns(folder, tmp_path):
+    figures = measured(
+        folder, tmp_path / "p.json", "data.cache_features=auto", "freeze.vision=false"
+    )
+
+    assert figures["cached_features"] is False
+    assert figures["rows"][0]["error"] is None
+
+
 def test_a_length_that_does_not_fit_says_so_and_the_others_go_on(
     folder, tmp_path, monkeypatch, capsys
 ):

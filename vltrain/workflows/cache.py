@@ -7,19 +7,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from vltrain.config import Method, Recipe, load_recipe
+from vltrain.config import Method, Recipe
 from vltrain.errors import VltrainError
 from vltrain.models.hub import fetch_weights
-from vltrain.recipe_yaml import read_yaml
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import Machine
 from vltrain.training.processes import is_first
+from vltrain.workflows.estimate import draft
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.prepare import prepare_model, refuse_unfit_base
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.train import plan_engine, read_base, read_halves
-
-NO_OUTPUT = Path("not given")  # nothing of a run is written
 
 
 def cache_features(
@@ -69,15 +67,8 @@ def _recipe(
     data: Sequence[Path],
     overrides: Sequence[str],
 ) -> Recipe:
-    values = read_yaml(recipe_file) if recipe_file else {}
-    given = {override.partition("=")[0].strip() for override in overrides}
-    recipe = load_recipe(
-        recipe_file,
-        method=method or values.get("method") or "lora",
-        model=model,
-        data=data,
-        output=None if "output" in given or values.get("output") else NO_OUTPUT,
-        overrides=overrides,
+    recipe = draft(
+        recipe_file, method=method, model=model, data=data, overrides=overrides, needs_data=True
     )
     if recipe.data.streaming or not recipe.freeze.vision:
         what = "records are streamed" if recipe.data.streaming else "the vision tower learns"

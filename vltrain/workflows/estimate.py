@@ -145,10 +145,11 @@ def draft(
     model: str | None,
     data: Sequence[Path],
     overrides: Sequence[str],
+    needs_data: bool = False,
 ) -> Recipe:
     """A recipe whose method is the file's where no other is asked for, else lora.
 
-    Output and data may be missing: `NOT_GIVEN` stands for them.
+    Output may be missing, and data unless they are needed: `NOT_GIVEN` stands for them.
 
     Raises:
         VltrainError: as `load_recipe`.
@@ -157,7 +158,7 @@ def draft(
     given = {override.partition("=")[0].strip() for override in overrides}
     in_file = values.get("data")
     has_data = isinstance(in_file, dict) and in_file.get("files")
-    if not data and not has_data and not given & {"data", "data.files"}:
+    if not (needs_data or data or has_data or given & {"data", "data.files"}):
         data = (NOT_GIVEN,)
     return load_recipe(
         recipe_file,

@@ -27,6 +27,7 @@ from vltrain.models.family import FeatureStage
 from vltrain.models.features import compute_features, frozen_stage
 from vltrain.models.hub import ResolvedModel, fetch_weights
 from vltrain.models.loading import DTYPES
+from vltrain.recipe_yaml import read_yaml
 from vltrain.training.arguments import run_dtype, training_arguments
 from vltrain.training.engines import NO_ENGINE
 from vltrain.training.files import write_whole
@@ -100,7 +101,7 @@ def profile_steps(
             dtype=run_dtype(recipe),
             samples=STEP_SAMPLES,
             rate=matmul_rate(_device(), DTYPES[run_dtype(recipe)]),
-            kept=recipe.data.cache_features is not False,
+            kept=keeps_features(recipe),
         )
         for heading in headings(setting):
             console.print(heading, soft_wrap=True, highlight=False)
@@ -126,13 +127,11 @@ def _read(
     """The recipe, in steps of STEP_SAMPLES, its base, and whether that is made up."""
     published = folder / PUBLISHED
     published.mkdir()
-    try:
-        recipe = draft(recipe_file, method=method, model=model, data=(), overrides=overrides)
-    except VltrainError as error:
-        if model is not None or "no `model`" not in str(error):
-            raise
-        named = str(published)
-        recipe = draft(recipe_file, method=method, model=named, data=(), overrides=overrides)
+    values = read_yaml(recipe_file) if recipe_file else {}
+    given = {override.partition("=")[0].strip() for override in overrides}
+    if not (model or values.get("model") or "model" in given):
+        model = str(published)
+    recipe = draft(recipe_file, method=method, model=model, data=(), overrides=overrides)
     recipe = in_steps_of(recipe, STEP_SAMPLES)
     if recipe.model != str(published):
         base = read_base(recipe.model)
@@ -170,6 +169,11 @@ def in_steps_of(recipe: Recipe, samples: int) -> Recipe:
         )
     trainer = recipe.trainer | {"gradient_accumulation_steps": samples // at_once}
     return replace(recipe, trainer=trainer)
+
+
+def keeps_features(recipe: Recipe) -> bool:
+    """Whether samples show what is kept of a picture; by `auto`, where the tower is frozen."""
+    return recipe.data.cache_features is not False and recipe.freeze.vision
 
 
 def _refuse_short(lengths: Sequence[int], base: Base) -> None:
@@ -221,13 +225,7 @@ def _subject(recipe: Recipe, base: Base, folder: Path, *, random: bool) -> Subje
             what=f"its weights alone do not fit the GPU ({_first_line(error)})",
             fix="profile --method qlora, whose weights are a third; or free the GPU's memory",
         ) from error
-    stage = frozen_stage(model, base.family) if recipe.data.cache_features else None
-    if stage is None and recipe.data.cache_features:
-        raise VltrainError.at(
-            "data.cache_features",
-            what="the vision tower learns, so nothing that it makes of pictures can be kept",
-            fix="set data.cache_features: false",
-        )
+    stage = frozen_stage(model, base.family) if keeps_features(recipe) else None
     picture = _picture(recipe, base, model, stage, folder)
     skipped = () if stage is None else stage.fed_by
     return Subject(recipe, base, model, work_of_model(model, base), picture, skipped)
