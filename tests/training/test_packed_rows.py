@@ -21,7 +21,8 @@ from vltrain.models.adapters import set_learned
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog
-from vltrain.training.trainer import Trainer, row_order
+from vltrain.training.epoch_order import row_order
+from vltrain.training.trainer import Trainer
 
 ROW_TOKENS = 256
 

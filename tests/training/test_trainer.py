@@ -23,8 +23,9 @@ from vltrain.models import load_model, load_processor
 from vltrain.models.adapters import set_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog, ProgressBar
+from vltrain.training.epoch_order import sample_order
 from vltrain.training.plot import plot_loss
-from vltrain.training.trainer import TokenCounts, Trainer, compute_precision, sample_order
+from vltrain.training.trainer import TokenCounts, Trainer, compute_precision
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from vltrain.models.sizes import Census, ModelSizes, Place
 from vltrain.training.activations import BatchSizes, Compute
 from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import NO_ENGINE, Engine, Load
+from vltrain.training.epoch_order import step_order
 from vltrain.training.full_weights import HELD, HeldWeights
 from vltrain.training.memory import (
     GIB,
@@ -29,7 +30,6 @@ from vltrain.training.memory import (
 )
 from vltrain.training.moments import Sharing, Work
 from vltrain.training.optimizer_bytes import Optimizer
-from vltrain.training.trainer import step_order
 from vltrain.workflows.prepare import layer_runs_of
 from vltrain.workflows.run_data import Halves, Packer
 
