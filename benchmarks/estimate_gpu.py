@@ -36,9 +36,9 @@ from vltrain.models.qwen_vl import QwenVLConfig
 from vltrain.training.arguments import training_arguments
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
+from vltrain.workflows.base import Base
 from vltrain.workflows.estimate import random_model, run_memory
 from vltrain.workflows.memory import assumed_batch
-from vltrain.workflows.train import Base
 
 STEPS, ACCUMULATION = 3, 2
 FULL_LAYERS = 8

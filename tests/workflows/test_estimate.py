@@ -23,6 +23,7 @@ from vltrain.training.memory import CONTEXT_BYTES, WORKSPACE_BYTES
 from vltrain.training.moments import Sharing
 from vltrain.training.profiling import Measured, measure
 from vltrain.training.trainer import Trainer
+from vltrain.workflows.base import read_base, read_halves
 from vltrain.workflows.estimate import (
     can_be_probed,
     draft,
@@ -35,7 +36,7 @@ from vltrain.workflows.estimate import (
 )
 from vltrain.workflows.memory import largest_batch_of, packed_batch, padded_batch, sharing_of
 from vltrain.workflows.prepare import hold_weights, prepare_model
-from vltrain.workflows.train import read_base, read_halves, train
+from vltrain.workflows.train import train
 
 NO_CONSOLE = Console(file=io.StringIO())
 

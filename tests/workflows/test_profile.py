@@ -15,8 +15,8 @@ from vltrain.models.hub import ResolvedModel
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.models.qwen_vl.vision import VisionTower
 from vltrain.workflows import profile
+from vltrain.workflows.base import Base
 from vltrain.workflows.profile import in_steps_of, profile_steps, work_of_model
-from vltrain.workflows.train import Base
 
 CONFIG = QwenVLConfig.from_published(dict(QWEN_VL_CONFIG))
 HEAD = 480 * 128

@@ -13,11 +13,11 @@ from vltrain.models.hub import fetch_weights
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import Machine
 from vltrain.training.processes import is_first
+from vltrain.workflows.base import plan_engine, read_base, read_halves
 from vltrain.workflows.estimate import draft
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.prepare import prepare_model, refuse_unfit_base
 from vltrain.workflows.quiet import hide_weight_bars
-from vltrain.workflows.train import plan_engine, read_base, read_halves
 
 
 def cache_features(

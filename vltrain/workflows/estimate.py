@@ -26,6 +26,7 @@ from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.engines import Machine, choose_engine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
+from vltrain.workflows.base import Base, count_run, read_base, read_halves
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
@@ -48,13 +49,7 @@ from vltrain.workflows.prepare import (
 )
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, wide_row
-from vltrain.workflows.train import (
-    Base,
-    count_run,
-    optimizer_of,
-    read_base,
-    read_halves,
-)
+from vltrain.workflows.train import optimizer_of
 
 NOT_GIVEN = Path("not given")  # stands for the output, and for data that an estimate does without
 WARMUP_STEPS, MEASURED_STEPS = 1, 3

@@ -35,6 +35,7 @@ from vltrain.training.flops import ModelWork, Weights, matmul_rate
 from vltrain.training.made_up import MadeUpSamples, write_photo
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
+from vltrain.workflows.base import Base, count_run, read_base
 from vltrain.workflows.estimate import draft, probe_recipe, random_model, run_memory
 from vltrain.workflows.features import autocast_of
 from vltrain.workflows.memory import gpu_memory, largest_batch_of, layers_of
@@ -42,7 +43,7 @@ from vltrain.workflows.prepare import hold_weights, prepare_model, refuse_unfit_
 from vltrain.workflows.profile_report import Row, Setting, as_object, headings, line, show
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, Packer
-from vltrain.workflows.train import Base, count_run, optimizer_of, read_base
+from vltrain.workflows.train import optimizer_of
 
 STEP_SAMPLES = 8  # of the original's own table: 1 at a time, accumulated 8 times
 LENGTHS = (384, 512, 1024, 2048)  # tokens of a sample, as there

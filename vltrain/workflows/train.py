@@ -2,8 +2,6 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,36 +9,26 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vltrain.config import Recipe
 from vltrain.data.collation import Collator, collate_rows
-from vltrain.data.dataset import SampleDataset
-from vltrain.data.streaming import Split
 from vltrain.models.adapters import COPY_MARK, count_parts, learns_to_see
-from vltrain.models.catalog import family_of, read_json
-from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
-from vltrain.models.hub import ResolvedModel, fetch_weights, resolve_model
+from vltrain.models.hub import fetch_weights
 from vltrain.models.layer_runs import LayerRuns
-from vltrain.models.loading import (
-    DTYPES,
-    checkpoint_dtype,
-    load_model,
-)
+from vltrain.models.loading import DTYPES, checkpoint_dtype, load_model
 from vltrain.models.pissa import against_base, double_rank, first_weights
-from vltrain.models.quantization import Nf4, pack_skeleton
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.models.shares import whole_tensors
-from vltrain.models.sizes import Census
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.checkpoints import checkpoint_step, clear_drafts
 from vltrain.training.deepspeed_file import decisions_of_file
 from vltrain.training.disk import MASTERS, saved_bytes
-from vltrain.training.engines import Engine, Machine, choose_engine
+from vltrain.training.engines import Engine
 from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
 from vltrain.training.gradient_check import AdapterGradients
 from vltrain.training.learning_rates import rate_of
@@ -52,6 +40,7 @@ from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
 from vltrain.workflows.advice import refuse_what_cannot_fit
+from vltrain.workflows.base import Base, count_run, plan_engine, read_base, read_halves
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.guard import (
     advised,
@@ -69,41 +58,19 @@ from vltrain.workflows.memory import (
     gpu_memory,
     largest_batch_of,
     layers_of,
-    load_of,
     show_memory,
     work_of,
 )
 from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
-    let_learn,
     nf4_of,
     prepare_model,
     refuse_unfit_base,
     refuse_unfit_engine,
-    shape_of,
 )
 from vltrain.workflows.quiet import hide_weight_bars
-from vltrain.workflows.run_data import Halves, plan_of, read_data, refuse_foreign_ids
-
-
-@dataclass(frozen=True)
-class Base:
-    """The checkpoint that a run starts from."""
-
-    source: ResolvedModel
-    family: Family
-    config: PreTrainedConfig
-    processor: Any
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding matrix."""
-        return self.config.get_text_config().vocab_size
-
-    @property
-    def folder(self) -> Path:
-        return self.source.path
+from vltrain.workflows.run_data import Halves, plan_of
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -201,71 +168,12 @@ def begin(run: RunDir, recipe: Recipe, base: Base, engine: Engine, halves: Halve
     return origin
 
 
-def plan_engine(recipe: Recipe, base: Base, machine: Machine | None = None) -> Engine:
-    """The engine that the recipe asks for, or that the model's size calls for on a machine.
-
-    Args:
-        machine: default this one, in this process of a run.
-
-    Raises:
-        VltrainError: it cannot run here.
-    """
-    return choose_engine(
-        recipe.engine,
-        recipe.deepspeed,
-        machine or Machine.this(),
-        lambda: load_of(count_run(recipe, base, None)[0], recipe),
-        base.family.layers,
-    )
-
-
 def let_ranks_meet(
     model: PreTrainedModel | PeftModel, family: Family, engine: Engine, halves: Halves
 ) -> None:
     """Run the vision side in batches without pictures too, where other processes wait for it."""
     if learns_to_see(model, family) or (halves.shows_pictures and engine.shards_weights):
         family.see_always(model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
-def read_halves(
-    console: Console, recipe: Recipe, base: Base, arguments: TrainingArguments
-) -> Halves:
-    """What this process of a run learns from and is evaluated on, checked.
-
-    Raises:
-        VltrainError: all that is wrong with the files, or ids that the base does not know.
-    """
-    halves = read_data(
-        console,
-        recipe.data,
-        base.processor,
-        seed=arguments.seed,
-        split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
-        vocabulary_size=base.vocabulary_size,
-        step_samples=recipe.batch.samples,
-    )
-    for half in (halves.train, halves.evaluation):
-        if isinstance(half, SampleDataset):
-            refuse_foreign_ids(half, base.vocabulary_size, base.folder)
-    return halves
-
-
-def count_run(
-    recipe: Recipe, base: Base, gpu_bytes: int | None
-) -> tuple[Census, HeldWeights | None]:
-    """Where the parameters of a run lie, which of them learn, and how a full run holds those.
-
-    No weight is read.
-
-    Args:
-        gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.
-    """
-    model = skeleton(base.family, base.config, DTYPES[run_dtype(recipe)])
-    if recipe.method == "qlora":
-        pack_skeleton(model, base.family, Nf4(recipe.quantize.vision))
-    learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=0)
-    held = hold_weights(learning, recipe, gpu_bytes)
-    return take_census(learning, base.family), held
 
 
 def memory_of_one(engine: Engine) -> int | None:
@@ -306,15 +214,6 @@ def check_memory(
     if recipe.memory_check:
         refuse_what_cannot_fit(recipe, run, gpu_bytes)
     return run
-
-
-def read_base(model: str) -> Base:
-    """Find the base's folder, its family and its processor; no weight is fetched or read."""
-    source = resolve_model(model, weights=False)
-    family = family_of(source.path)
-    config = family.read_config(read_json(source.path / "config.json"))
-    processor = family.read_processor(source.path)
-    return Base(source, family, config, processor)
 
 
 def show_plan(

@@ -1,0 +1,112 @@
+"""The base of a run, and what is known of the run before any weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedConfig, TrainingArguments
+
+from vltrain.config import Recipe
+from vltrain.data.dataset import SampleDataset
+from vltrain.data.streaming import Split
+from vltrain.models.catalog import family_of, read_json
+from vltrain.models.census import skeleton, take_census
+from vltrain.models.family import Family
+from vltrain.models.hub import ResolvedModel, resolve_model
+from vltrain.models.loading import DTYPES
+from vltrain.models.quantization import Nf4, pack_skeleton
+from vltrain.models.sizes import Census
+from vltrain.training.arguments import run_dtype
+from vltrain.training.engines import Engine, Machine, choose_engine
+from vltrain.training.full_weights import HeldWeights
+from vltrain.workflows.memory import load_of
+from vltrain.workflows.prepare import hold_weights, let_learn, shape_of
+from vltrain.workflows.run_data import Halves, read_data, refuse_foreign_ids
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a run starts from."""
+
+    source: ResolvedModel
+    family: Family
+    config: PreTrainedConfig
+    processor: Any
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding matrix."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def folder(self) -> Path:
+        return self.source.path
+
+
+def read_base(model: str) -> Base:
+    """Find the base's folder, its family and its processor; no weight is fetched or read."""
+    source = resolve_model(model, weights=False)
+    family = family_of(source.path)
+    config = family.read_config(read_json(source.path / "config.json"))
+    processor = family.read_processor(source.path)
+    return Base(source, family, config, processor)
+
+
+def read_halves(
+    console: Console, recipe: Recipe, base: Base, arguments: TrainingArguments
+) -> Halves:
+    """What this process of a run learns from and is evaluated on, checked.
+
+    Raises:
+        VltrainError: all that is wrong with the files, or ids that the base does not know.
+    """
+    halves = read_data(
+        console,
+        recipe.data,
+        base.processor,
+        seed=arguments.seed,
+        split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
+        vocabulary_size=base.vocabulary_size,
+        step_samples=recipe.batch.samples,
+    )
+    for half in (halves.train, halves.evaluation):
+        if isinstance(half, SampleDataset):
+            refuse_foreign_ids(half, base.vocabulary_size, base.folder)
+    return halves
+
+
+def count_run(
+    recipe: Recipe, base: Base, gpu_bytes: int | None
+) -> tuple[Census, HeldWeights | None]:
+    """Where the parameters of a run lie, which of them learn, and how a full run holds those.
+
+    No weight is read.
+
+    Args:
+        gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.
+    """
+    model = skeleton(base.family, base.config, DTYPES[run_dtype(recipe)])
+    if recipe.method == "qlora":
+        pack_skeleton(model, base.family, Nf4(recipe.quantize.vision))
+    learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=0)
+    held = hold_weights(learning, recipe, gpu_bytes)
+    return take_census(learning, base.family), held
+
+
+def plan_engine(recipe: Recipe, base: Base, machine: Machine | None = None) -> Engine:
+    """The engine that the recipe asks for, or that the model's size calls for on a machine.
+
+    Args:
+        machine: default this one, in this process of a run.
+
+    Raises:
+        VltrainError: it cannot run here.
+    """
+    return choose_engine(
+        recipe.engine,
+        recipe.deepspeed,
+        machine or Machine.this(),
+        lambda: load_of(count_run(recipe, base, None)[0], recipe),
+        base.family.layers,
+    )
