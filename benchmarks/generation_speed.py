@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 import transformers
+from marlin_layer import MarlinLayer
 from real_size_lora import TOY, Samples
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from vltrain.evaluation.compiled import CompiledSteps, cache_size, reason_against
-from vltrain.models.int4_kernels import Int4Linear, MarlinLayer
+from vltrain.models.int4_kernels import Int4Linear
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 
 GIB = 2**30

@@ -1,15 +1,11 @@
-"""Packed layers in kernels that are made for answers: they multiply the 4 bits as they lie.
+"""Packed layers in a kernel that is made for answers: it multiplies the 4 bits as they lie.
 
 The layers that a GPTQ checkpoint is loaded into unpack a whole weight to 16 bits for each
-multiplication. That gives all gradients, and is slower than a model of 16 bits. The kernels here
-give no gradient: a model that has them answers, and is not trained.
+multiplication. That gives all gradients, and is slower than a model of 16 bits. The kernel here
+gives no gradient: a model that has it answers, and is not trained.
 
 Dimension letters: `N` outputs, `K` inputs, `G` groups of inputs, `M` tokens.
 """
-
-import io
-from contextlib import redirect_stdout
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +13,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vltrain.models.gptq import packed_weight, unpacked_codes
-
-Kernel = Literal["torch", "marlin"]
 
 INNER_TILES = 8  # of 16 inputs each, how the kernel in torch has its codes interleaved
 GROUPS = (32, 64, 128, 256)  # the sizes that it knows
@@ -60,63 +54,7 @@ def _interleaved(codes: Tensor) -> Tensor:
     return torch._convert_weight_to_int4pack_for_cpu(codes, INNER_TILES)
 
 
-_MARLIN_LAYERS: list[nn.Module] = []
-
-
-@torch.library.custom_op("vltrain::marlin", mutates_args=())
-def _marlin(x: Tensor, layer: int, outputs: int) -> Tensor:
-    return _MARLIN_LAYERS[layer](x)
-
-
-@_marlin.register_fake
-def _(x: Tensor, layer: int, outputs: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
-
-
-class MarlinLayer(nn.Module):
-    """A packed layer in GPTQModel's Marlin kernel, which nvcc compiles when it is first used.
-
-    It is one operator to `torch.compile`, which cannot look into the kernel.
-    """
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Take the weights of one of GPTQModel's `TorchLinear`, to compute in a dtype.
-
-        Raises:
-            ModuleNotFoundError, ValueError, NotImplementedError: the kernel cannot be compiled
-                here, or does not run on this GPU.
-        """
-        super().__init__()
-        with redirect_stdout(io.StringIO()):
-            from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
-
-        self.out_features: int = layer.out_features
-        with torch.device(layer.qweight.device):
-            kernel = MarlinLinear(
-                bits=layer.bits,
-                group_size=layer.group_size,
-                desc_act=False,
-                sym=True,
-                in_features=layer.in_features,
-                out_features=layer.out_features,
-                bias=layer.bias is not None,
-                dtype=dtype,
-            )
-        for name in ("qweight", "g_idx", "qzeros"):
-            getattr(kernel, name).data = getattr(layer, name).clone()
-        kernel.scales.data = layer.scales.to(dtype)
-        if layer.bias is not None:
-            kernel.bias = layer.bias.to(dtype).clone()
-        kernel.post_init()
-        self._place = len(_MARLIN_LAYERS)
-        _MARLIN_LAYERS.append(kernel.eval())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float16 or bfloat16 [..., K] -> [..., N]."""
-        return torch.ops.vltrain.marlin(x.contiguous(), self._place, self.out_features)
-
-
-def use_kernel(model: PreTrainedModel, kernel: Kernel = "torch") -> int:
+def use_kernel(model: PreTrainedModel) -> int:
     """Put a model's packed layers into a kernel that multiplies 4 bits, in place.
 
     Each layer is tried on a random input first; one that the kernel does not serve, or that gives
@@ -124,17 +62,16 @@ def use_kernel(model: PreTrainedModel, kernel: Kernel = "torch") -> int:
 
     Args:
         model: in eval mode, with packed layers as `load_model` makes them, on its device.
-        kernel: "torch" is torch's own; "marlin" GPTQModel's, for NVIDIA GPUs with nvcc beside.
 
     Returns:
-        How many layers are in the kernel now.
+        How many layers are in the kernel.
     """
     made = 0
     dtype = model.get_input_embeddings().weight.dtype  # packed layers have float16 in any model
     for name, layer in list(model.named_modules()):
-        if "qweight" not in layer._buffers or not _served(layer, kernel, dtype):
+        if "qweight" not in layer._buffers or not _served(layer, dtype):
             continue
-        fast = (Int4Linear if kernel == "torch" else MarlinLayer)(layer, dtype)
+        fast = Int4Linear(layer, dtype)
         if not _alike(layer, fast, dtype):
             continue
         parent, _, own = name.rpartition(".")
@@ -146,18 +83,13 @@ def use_kernel(model: PreTrainedModel, kernel: Kernel = "torch") -> int:
     return made
 
 
-def _served(layer: nn.Module, kernel: Kernel, dtype: torch.dtype) -> bool:
-    """Whether a kernel is made for layers of this shape and device, in a model of this dtype."""
+def _served(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernel is made for layers of this shape and device, in a model of this dtype."""
     groups = torch.arange(layer.in_features, device=layer.g_idx.device) // layer.group_size
-    plain = layer.bits == 4 and bool((layer.g_idx == groups).all())
-    if not layer.qweight.is_cuda:
-        return plain and kernel == "torch" and layer.group_size in GROUPS
-    if kernel == "marlin":
-        return plain and layer.sym and dtype in (torch.float16, torch.bfloat16)
-    return (
-        plain
-        and layer.group_size in GROUPS
-        and dtype == torch.bfloat16
+    if layer.bits != 4 or layer.group_size not in GROUPS or not (layer.g_idx == groups).all():
+        return False
+    return not layer.qweight.is_cuda or (
+        dtype == torch.bfloat16
         and layer.in_features % (16 * INNER_TILES) == 0
         and layer.out_features % 8 == 0
         and torch.cuda.get_device_capability(layer.qweight.device) >= (8, 0)
