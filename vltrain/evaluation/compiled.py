@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StaticCache
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SMALLEST = 2048  # tokens of a prompt that the first cache has room for
 TRIED_TOKENS = 4  # said when a cache is new: CUDA graphs are recorded in the third step
@@ -98,7 +98,7 @@ class CompiledSteps:
         except FAILURES as error:
             self._failed = True
             first = str(error).strip().partition("\n")[0]
-            log.warning("answers come from a step that is not compiled: %s", first)
+            logger.warning("answers come from a step that is not compiled: %s", first)
             return
         self._cache = cache
 
