@@ -39,9 +39,8 @@ ENGINES = {
     "fsdp2": {"engine": "fsdp2"},
 }
 STEPS = 6
-SMALL_LAYERS = (
-    2  # of the decoder and of the ViT, where whole checkpoints are written again and again
-)
+# Of the decoder and of the ViT, where whole checkpoints are written again and again.
+SMALL_LAYERS = 2
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ class DataConfig:
     # Tokens of a packed row. auto: data.max_length; with batch.samples, on a GPU, at least 8,192.
     row_tokens: Literal["auto"] | Annotated[int, Ge(1)] = "auto"
     streaming: bool = False  # read records as they come, over and over; needs trainer.max_steps
-    shuffle_buffer: Annotated[int, Ge(1)] = (
-        10_000  # records held, of which streaming draws the next
-    )
+    shuffle_buffer: Annotated[int, Ge(1)] = 10_000  # records that streaming draws the next from
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
 
     @property
