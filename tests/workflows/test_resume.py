@@ -21,6 +21,7 @@ from vltrain.training.checkpoints import checkpoint_fault, checkpoint_step, chec
 from vltrain.training.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
+MATRIX = pytest.mark.matrix  # several processes
 
 PACKED = ("data.packing=true", "data.max_length=270", "trainer.gradient_accumulation_steps=1")
 SAMPLES = (
@@ -119,7 +120,7 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         pytest.param("lora", (), 20, 1, id="lora-padded"),
         pytest.param("lora", (*PACKED, *MIDWAY, *WORKERS), 2, 1, id="lora-packed-workers"),
         pytest.param("lora", (*SAMPLES, *WORKERS), 2, 1, id="lora-packed-steps-workers"),
-        pytest.param("lora", SAMPLES, 2, 2, id="lora-packed-steps-ddp"),
+        pytest.param("lora", SAMPLES, 2, 2, id="lora-packed-steps-ddp", marks=MATRIX),
         pytest.param("lora", (*SPARSE, *WORKERS), 2, 1, id="lora-sparse-logs-eval-workers"),
         pytest.param("lora", ("data.streaming=true", *MIDWAY), 2, 1, id="lora-streamed"),
         pytest.param("lora", (*FEATURES, *WORKERS), 2, 1, id="lora-features-workers"),
@@ -128,10 +129,17 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         pytest.param("full", PACKED, 2, 1, id="full-packed"),
         pytest.param("qlora", PACKED, 2, 1, id="qlora-nf4-packed-rows"),
         pytest.param("qlora-packed", (), 2, 1, id="qlora-gptq-padded"),
-        pytest.param("lora", MIDWAY, 2, 2, id="lora-padded-ddp"),
-        pytest.param("full", PACKED, 2, 2, id="full-packed-ddp"),
-        pytest.param("full", ("deepspeed=zero3", *MIDWAY), 2, 2, id="full-padded-zero3"),
-        pytest.param("lora", ("deepspeed=zero3",), 2, 2, id="lora-padded-zero3"),
+        pytest.param("lora", MIDWAY, 2, 2, id="lora-padded-ddp", marks=MATRIX),
+        pytest.param("full", PACKED, 2, 2, id="full-packed-ddp", marks=MATRIX),
+        pytest.param(
+            "full",
+            ("deepspeed=zero3", *MIDWAY),
+            2,
+            2,
+            id="full-padded-zero3",
+            marks=MATRIX,
+        ),
+        pytest.param("lora", ("deepspeed=zero3",), 2, 2, id="lora-padded-zero3", marks=MATRIX),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_bit(
@@ -218,12 +226,13 @@ def test_a_run_that_was_asked_to_stop_saves_the_step_and_goes_on_to_the_bit(
     [
         ("lora", (), 2, 1),
         ("lora", (), 1, 2),
-        pytest.param("lora", ("deepspeed=zero2",), 1, 2, marks=pytest.mark.matrix),
-        pytest.param("full", ("deepspeed=zero1",), 2, 1, marks=pytest.mark.matrix),
-        pytest.param("full", ("deepspeed=zero3",), 2, 1, marks=pytest.mark.matrix),
-        pytest.param("full", ("deepspeed=zero3",), 1, 2, marks=pytest.mark.matrix),
+        ("lora", ("deepspeed=zero2",), 1, 2),
+        ("full", ("deepspeed=zero1",), 2, 1),
+        ("full", ("deepspeed=zero3",), 2, 1),
+        ("full", ("deepspeed=zero3",), 1, 2),
     ],
 )
+@pytest.mark.matrix
 def test_a_run_goes_on_on_another_number_of_processes(
     killer: Killer,
     made,
