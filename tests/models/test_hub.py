@@ -205,3 +205,8 @@ def test_a_folder_is_taken_as_it_is(tmp_path):
 def test_a_folder_that_is_not_there_is_an_error(name):
     with pytest.raises(VltrainError, match="there is no such folder"):
         resolve_model(name)
+
+
+def test_a_report_names_a_folder_without_its_place_and_a_model_of_the_hub_whole(tmp_path):
+    assert ResolvedModel(tmp_path, None, "/home/me/mine").public_name == "mine"
+    assert ResolvedModel(tmp_path, "abc", "Qwen/Qwen-VL").public_name == "Qwen/Qwen-VL"

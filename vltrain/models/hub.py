@@ -45,6 +45,11 @@ class ResolvedModel:
     revision: str | None  # the hub's commit hash; None for a folder of the user's
     name: str  # as the user wrote it
 
+    @property
+    def public_name(self) -> str:
+        """The name for a report that travels: of a folder its own alone, not where it lies."""
+        return Path(self.name).name if self.revision is None else self.name
+
 
 def resolve_model(name: str, *, weights: bool = True) -> ResolvedModel:
     """The folder of a model, downloaded first if it is a name on the hub.

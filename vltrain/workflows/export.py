@@ -158,7 +158,7 @@ def description(
     """What was exported: the first part of `export.json`. It travels, so no path is in it."""
     return {
         "vltrain": __version__,
-        "model": Path(source.name).name if source.revision is None else source.name,
+        "model": source.public_name,
         "revision": source.revision,
         "to": to,
         "tensors": len(shapes),

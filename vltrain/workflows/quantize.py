@@ -344,7 +344,7 @@ def description(
     before, after = made.perplexity
     return {
         "vltrain": __version__,
-        "model": Path(source.name).name if source.revision is None else source.name,
+        "model": source.public_name,
         "revision": source.revision,
         "settings": SETTINGS,
         "data": {
