@@ -18,7 +18,7 @@ from vltrain.cli import app
 from vltrain.errors import VltrainError
 from vltrain.models import load_model
 from vltrain.models.gptq import packed_weight
-from vltrain.workflows.quantize import Calibration, quantize
+from vltrain.workflows.quantize import Calibration, drawn, quantize
 
 LAYER = "transformer.h.1.mlp.w1"
 
@@ -206,7 +206,9 @@ def test_faulty_data_is_refused_before_the_model_is_read(place, tmp_path):
 
 @pytest.mark.usefixtures("unread")
 def test_too_few_conversations_are_refused(place, tmp_path):
-    with pytest.raises(VltrainError, match="0 of 4 conversations can be used; 4 have more than 8"):
+    with pytest.raises(
+        VltrainError, match="0 of 4 conversations that were drawn can be used; 4 have more than 8"
+    ):
         quantize(str(place / "base"), tmp_path / "out", calibration(place, max_length=8))
 
 
@@ -270,3 +272,16 @@ def test_a_text_only_calibration_is_warned_about(place, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "no conversation has a picture" in said
     assert "calibrating on 9 conversations with 0 pictures, 1 more held out" in said
+
+
+def test_no_more_conversations_are_held_than_are_drawn_and_a_seed_draws_the_same(tmp_path):
+    turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]
+    records = [{"id": str(number), "conversations": turns} for number in range(50)]
+    file = tmp_path / "many.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+
+    def names(seed: int) -> list[str]:
+        return [record.name for record in drawn(Calibration(files=[file], seed=seed), 7)]
+
+    assert len(set(names(0))) == 7
+    assert names(0) == names(0) != names(1)

@@ -282,5 +282,5 @@ def _answers(
         for place, found in enumerate(logits):
             losses[place] += float(F.cross_entropy(found, targets[kept], reduction="sum"))
     tail.to("cpu")
-    before, after = (float(torch.tensor(loss / learned).exp()) for loss in losses)
-    return (lost / size) ** 0.5, (before, after)
+    first, then = (float(torch.tensor(loss / learned).exp()) for loss in losses)
+    return (lost / size) ** 0.5, (first, then)

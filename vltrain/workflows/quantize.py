@@ -1,5 +1,6 @@
 """A 16-bit model -> one of 4 bits that GPTQ packed: `vltrain quantize MODEL OUT --data FILE`."""
 
+import heapq
 import json
 import random
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ SETTINGS = {
 }
 """Those that Qwen-VL-Chat-Int4 is published with."""
 
+SPARE = 8  # records are drawn for each one that is wanted: some will be too long
 HELD_OUT = 8  # one conversation is held out for so many that are calibrated on
 
 
@@ -204,6 +206,14 @@ def packed_bytes(model: PreTrainedModel, family: Family) -> int:
     return int(whole - sum(weight.nbytes for weight in weights) + packed)
 
 
+def drawn(data: Calibration, count: int) -> list[Record]:
+    """So many records of all files in random order, or all of them; no more are held in memory."""
+    chance = random.Random(data.seed)
+    records = (record for file in data.files for record in read_records(file))
+    numbered = ((chance.random(), number, record) for number, record in enumerate(records))
+    return [record for _, _, record in heapq.nsmallest(count, numbered)]
+
+
 def choose(data: Calibration, processor: Any, console: Console) -> Chosen:
     """Conversations to calibrate on and to hold out, drawn from all that are there.
 
@@ -222,9 +232,8 @@ def choose(data: Calibration, processor: Any, console: Console) -> Chosen:
     if report.errors:
         print_report(report, console)
     refuse_errors(report, data.files, undone="packed")
-    records = [record for file in data.files for record in read_records(file)]
-    random.Random(data.seed).shuffle(records)
     wanted = data.samples + max(1, data.samples // HELD_OUT)
+    records = drawn(data, SPARE * wanted)
     found: list[tuple[Record, Sample]] = []
     too_long = 0
     for record in records:
@@ -240,8 +249,8 @@ def choose(data: Calibration, processor: Any, console: Console) -> Chosen:
     if len(found) < 2:
         raise VltrainError.at(
             ", ".join(map(str, data.files)),
-            what=f"{len(found)} of {len(records)} conversations can be used; {too_long} have more "
-            f"than {data.max_length} tokens",
+            what=f"{len(found)} of {len(records)} conversations that were drawn can be used; "
+            f"{too_long} have more than {data.max_length} tokens",
             fix="two are needed, and 128 are usual; give more, or raise --max-length",
         )
     inputs = [_inputs(record, sample, processor, data.pictures) for record, sample in found]
