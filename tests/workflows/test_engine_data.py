@@ -99,9 +99,9 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         return place.recipe(name, "lora", *settings)
 
     for recipe in (
+        alone("whole", BY_FOUR),
         alone("whole-eight", BY_EIGHT),
         alone("whole-stream", BY_FOUR, *STREAM),
-        alone("whole-features", BY_FOUR),
         place.recipe("whole-full", "full", BY_FOUR),
         alone("whole-mix", BY_FOUR, mix_of(place, 12)),
         best(place, "lora", BY_FOUR),
@@ -127,7 +127,7 @@ def one(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
         ("four_by_one-zero2", "whole-eight"),
         ("stream", "whole-stream"),
         ("stream-zero3", "whole-stream"),
-        ("features", "whole-features"),
+        ("features", "whole"),
         ("features-zero2", "whole-full"),
         ("mix", "whole-mix"),
         ("samples", "whole"),
