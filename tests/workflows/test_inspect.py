@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vltrain.workflows.inspect import check
+from vltrain.data.checks import check_files
+from vltrain.errors import VltrainError
+from vltrain.workflows.inspect import check, refuse_errors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -131,3 +133,16 @@ def test_with_a_model_its_tokens_are_counted(faulty, tmp_path, qwen_vocabulary, 
     out = capsys.readouterr().out
     assert "warning: too long (2)" in out
     assert "3 records: 1 error, 3 warnings, 2 dropped records" in out
+
+
+def test_an_error_about_a_report_that_nobody_saw_lists_its_findings(tmp_path: Path):
+    file = tmp_path / "none.json"
+    report = check_files([file])
+
+    with pytest.raises(VltrainError, match="1 error, listed above") as seen:
+        refuse_errors(report, [file], undone="trained")
+    with pytest.raises(VltrainError, match="1 error, listed below") as unseen:
+        refuse_errors(report, [file], undone="trained", printed=False)
+
+    assert "cannot be read" not in str(seen.value)
+    assert str(unseen.value).count("none.json cannot be read") == 1

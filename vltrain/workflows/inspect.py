@@ -1,5 +1,6 @@
 """Looking at data before a run: `vltrain check`."""
 
+import io
 import json
 import re
 from collections import defaultdict
@@ -104,18 +105,27 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
                 console.print(Text(f"    fix: {_printable(found.fix)}", "dim"), soft_wrap=True)
 
 
-def refuse_errors(report: Report, files: Sequence[Path], *, undone: str) -> None:
-    """Raise VltrainError if a report that was printed has errors.
+def refuse_errors(
+    report: Report, files: Sequence[Path], *, undone: str, printed: bool = True
+) -> None:
+    """Raise VltrainError if a report has errors.
 
     Args:
         undone: what did not happen: "trained" or "asked".
+        printed: whether the report was; if not, the error has it.
     """
     if not report.errors:
         return
+    listing = io.StringIO()
+    if not printed:
+        listing.write("\n")
+        print_report(report, Console(file=listing))
+    place = "above" if printed else "below"
     raise VltrainError.at(
         ", ".join(str(file) for file in files),
-        what=f"{_count(len(report.errors), 'error')}, listed above; nothing was {undone}",
-        fix="mend the data; `vltrain check` finds the same without starting anything",
+        what=f"{_count(len(report.errors), 'error')}, listed {place}; nothing was {undone}",
+        fix="mend the data; `vltrain check` finds the same without starting anything"
+        + listing.getvalue().rstrip(),
     )
 
 

@@ -1,6 +1,7 @@
 """A recipe's data section -> what a run learns from and is evaluated on, all of it checked."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import Limits, SampleStream, Split
 from vltrain.errors import VltrainError
 from vltrain.models.loading import foreign_id_error
+from vltrain.training.processes import PATIENCE_SECONDS
 from vltrain.workflows.inspect import checking_bar, print_report, refuse_errors
 
 WIDE_ROW = 8_192  # tokens: twice as many ask for recomputing on 80 GB, and are slower then
@@ -116,9 +118,7 @@ def read_data(
 def _check_begin(console: Console, data: DataConfig, processor: Processor) -> None:
     """Raise VltrainError for what is wrong with the first records of files that are streamed."""
     report = check_as_run(data.files, data, processor, most=STREAM_CHECKED)
-    if report.findings:
-        print_report(report, console)
-    refuse_errors(report, data.files, undone="trained")
+    _show_and_refuse(console, report, data.files)
 
 
 def _prepared(
@@ -131,11 +131,22 @@ def _prepared(
 
     with checking_bar() as advance:
         prepared = prepare(data, processor, say=say, on_checked=advance)
-    if prepared.report.findings:
-        print_report(prepared.report, console)
-    refuse_errors(prepared.report, [*data.files, *data.eval_files], undone="trained")
+    _show_and_refuse(console, prepared.report, [*data.files, *data.eval_files])
     assert prepared.table is not None, "data without errors has a table"
     return prepared.table, prepared.report
+
+
+def _show_and_refuse(console: Console, report: Report, files: Sequence[Path]) -> None:
+    """Print what was found in files, and raise VltrainError where it is errors.
+
+    A silent process of several that has found them first lets the one that prints come to them
+    too, and speaks itself if that takes long: the first to fail ends all.
+    """
+    if report.findings:
+        print_report(report, console)
+    if report.errors and console.quiet:
+        time.sleep(PATIENCE_SECONDS)
+    refuse_errors(report, files, undone="trained", printed=not console.quiet)
 
 
 def _tables(
