@@ -25,6 +25,7 @@ from vltrain.commands.options import (
     Model,
     Overrides,
     RecipePath,
+    RunMethod,
     pictures_option,
 )
 from vltrain.commands.profile import profile
@@ -322,10 +323,7 @@ def stats(
 @app.command()
 def estimate(
     recipe: RecipePath = None,
-    method: Annotated[
-        Literal["full", "lora", "qlora"] | None,
-        typer.Option("--method", help="Of the run, where the recipe does not say; else lora."),
-    ] = None,
+    method: RunMethod = None,
     model: Model = None,
     data: Data = None,
     overrides: Overrides = None,

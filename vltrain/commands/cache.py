@@ -1,18 +1,11 @@
 """`vltrain cache`: what a frozen vision tower makes of pictures, before a run."""
 
-from typing import Annotated, Literal
-
-import typer
-
-from vltrain.commands.options import Data, Model, Overrides, RecipePath
+from vltrain.commands.options import Data, Model, Overrides, RecipePath, RunMethod
 
 
 def cache(
     recipe: RecipePath = None,
-    method: Annotated[
-        Literal["full", "lora", "qlora"] | None,
-        typer.Option("--method", help="Of the run, where the recipe does not say; else lora."),
-    ] = None,
+    method: RunMethod = None,
     model: Model = None,
     data: Data = None,
     overrides: Overrides = None,

@@ -12,6 +12,10 @@ RecipePath = Annotated[
     Path | None,
     typer.Argument(help="The run as YAML; see recipes/. Without it, the built-in defaults."),
 ]
+RunMethod = Annotated[
+    Literal["full", "lora", "qlora"] | None,
+    typer.Option("--method", help="Of the run, where the recipe does not say; else lora."),
+]
 Model = Annotated[
     str | None,
     typer.Option("--model", help="A folder of weights, or a name on the hub: org/name[@revision]."),
