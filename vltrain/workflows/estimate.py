@@ -23,10 +23,10 @@ from vltrain.models.quantization import Nf4, pack_in_place
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
-from vltrain.training.engines import Machine, choose_engine
+from vltrain.training.engines import Machine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.base import Base, count_run, read_base, read_halves
+from vltrain.workflows.base import Base, count_run, plan_engine, read_base, read_halves
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
@@ -34,7 +34,6 @@ from vltrain.workflows.memory import (
     gpu_memory,
     largest_batch_of,
     layers_of,
-    load_of,
     parts,
     show_memory,
     work_of,
@@ -186,13 +185,8 @@ def run_memory(
             what="what shares the model out depends on the GPUs' memory, and there is none here",
             fix="give it as well: --memory-gib 80",
         )
-    engine = choose_engine(
-        recipe.engine,
-        recipe.deepspeed,
-        Machine(gpus, grouped=gpus > 1 or recipe.needs_processes, gpu_bytes=gpu_bytes),
-        lambda: load_of(count_run(recipe, base, None)[0], recipe),
-        base.family.layers,
-    )
+    machine = Machine(gpus, grouped=gpus > 1 or recipe.needs_processes, gpu_bytes=gpu_bytes)
+    engine = plan_engine(recipe, base, machine)
     refuse_unfit_engine(recipe, engine)
     census, held = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
     sizes = base.family.read_sizes(base.config)
