@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vltrain.data.checks import check_files
 from vltrain.data.conversation import Turn
@@ -28,6 +27,7 @@ from vltrain.evaluation.generation import Decoding, Prompt, answer_batches
 from vltrain.models.hub import resolve_model
 from vltrain.training.files import write_whole
 from vltrain.workflows.answering import load_for_answers
+from vltrain.workflows.bars import counting_bar
 from vltrain.workflows.dialogue import chat_prompt, refuse_foreign_ids
 from vltrain.workflows.inspect import print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
@@ -116,7 +116,7 @@ def answer_file(
     begin_draft(draft, task, kept)
     torch.manual_seed(seed)
     opened = draft.open("a", encoding="utf-8", errors=SURROGATES)
-    with opened as file, _progress(console) as bar:
+    with opened as file, counting_bar(console) as bar:
         shown = bar.add_task("answering", total=len(questions), completed=len(kept))
         for question, answer in zip(questions[len(kept) :], answers, strict=True):
             file.write(_line(question.answered(answer, questions_file)))
@@ -233,15 +233,3 @@ def write_without_first_line(draft: Path, output: Path) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

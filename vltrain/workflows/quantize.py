@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,6 +38,7 @@ from vltrain.models.loading import (
 )
 from vltrain.models.manifest import QUANTIZE_REPORT, file_list, write_report
 from vltrain.models.saving import copy_companions, save_shards
+from vltrain.workflows.bars import counting_bar
 from vltrain.workflows.dialogue import pixel_loader
 from vltrain.workflows.inspect import checking_bar, print_report, refuse_errors
 from vltrain.workflows.quiet import hide_weight_bars
@@ -294,18 +294,10 @@ def _pack(
     console: Console,
 ) -> PackedDecoder:
     """Pack, with a line and a step of a bar for each layer."""
-    bar = Progress(
-        TextColumn("[bold]packing layers"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    bar = counting_bar(console)
     layers = len(network.get_submodule(family.decoder))
     with bar:
-        shown = bar.add_task("packing", total=layers)
+        shown = bar.add_task("packing layers", total=layers)
 
         def on_layer(errors: LayerErrors) -> None:
             worst = max(errors.linear, key=lambda name: errors.linear[name])
