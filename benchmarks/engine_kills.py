@@ -56,10 +56,10 @@ def command_of(bench: Bench, method: str, file: Path) -> list[str]:
     return [sys.executable, *words, "--gpus", str(bench.gpus)]
 
 
-def resume(bench: Bench, command: Sequence[str], name: str) -> dict[str, Any]:
-    """Give the command of a killed run again; how far it is from the uninterrupted one."""
+def run_to_end(bench: Bench, command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    """What became of a command; None where it took too long."""
     try:
-        resumed = subprocess.run(
+        return subprocess.run(
             command,
             env=environment(bench),
             capture_output=True,
@@ -67,6 +67,13 @@ def resume(bench: Bench, command: Sequence[str], name: str) -> dict[str, Any]:
             timeout=bench.limit(100),
         )
     except subprocess.TimeoutExpired:
+        return None
+
+
+def resume(bench: Bench, command: Sequence[str], name: str) -> dict[str, Any]:
+    """Give the command of a killed run again; how far it is from the uninterrupted one."""
+    resumed = run_to_end(bench, command)
+    if resumed is None:
         return {"error": "took too long"}
     runs = bench.folder / "runs"
     rows = [read_lines(runs / f"{kind}-{name}" / "metrics.jsonl") for kind in ("whole", "cut")]
@@ -124,15 +131,8 @@ def merge(bench: Bench, name: str) -> dict[str, Any]:
     adapter = bench.folder / "runs" / f"cut-{name}" / "final"
     words = ["merge", str(adapter), str(bench.folder / f"merged-{name}")]
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "vltrain", *words],
-            env=environment(bench),
-            capture_output=True,
-            text=True,
-            timeout=bench.limit(100),
-        )
-    except subprocess.TimeoutExpired:
+    done = run_to_end(bench, [sys.executable, "-m", "vltrain", *words])
+    if done is None:
         return {"error": "took too long"}
     said = (done.stdout + done.stderr).strip().splitlines()[-1:]
     seconds = time.monotonic() - started
