@@ -50,6 +50,15 @@ def test_a_process_that_a_signal_ended_is_named(told: Path, capsys):
     assert "process 3 of 16 was ended by SIGKILL" in capsys.readouterr().err
 
 
+def test_a_killed_process_is_the_cause_where_another_ended_in_the_same_second(told: Path, capsys):
+    ends = {
+        rank: ProcessFailure(rank, 17, code, "none") for rank, code in enumerate((1, -9, -6, 1))
+    }
+
+    assert code_of(ChildFailedError("vltrain", ends), told) == 128 + 9
+    assert "process 1 of 16 was ended by SIGKILL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [3, 75])
 def test_a_run_that_was_stopped_ends_as_its_processes_said(told: Path, code: int):
     told.write_text(str(code))

@@ -10,11 +10,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vltrain.errors import Stopped, VltrainError
 from vltrain.training.machines import Machines
 from vltrain.training.processes import EXIT_CODE_FILE, started_by_torchrun
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 def refuse_wrong_count(gpus: int) -> None:
@@ -104,7 +107,7 @@ def _exit_code(run: Callable[[], None], told: Path, processes: int, machines: Ma
     try:
         run()
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error)
         if failure.exitcode > 0:
             return failure.exitcode
         _say(
@@ -135,6 +138,18 @@ def _exit_code(run: Callable[[], None], told: Path, processes: int, machines: Ma
         )
         return 1
     return 0
+
+
+def _cause(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
+    """The process that failed of itself, by rank.
+
+    Others can end because they miss it before torchrun looks, whose clock counts whole seconds.
+    None kills itself; a library that gives up aborts.
+    """
+    for rank, failure in error.failures.items():
+        if -failure.exitcode in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS):
+            return rank, failure
+    return error.get_first_failure()
 
 
 def _say(what: str, fix: str) -> None:
