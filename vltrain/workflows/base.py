@@ -17,10 +17,11 @@ from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import DTYPES
 from vltrain.models.quantization import Nf4, pack_skeleton
 from vltrain.models.sizes import Census
+from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.full_weights import HeldWeights
-from vltrain.workflows.memory import load_of
+from vltrain.workflows.memory import RunMemory, fit_layers, load_of, work_of
 from vltrain.workflows.prepare import hold_weights, let_learn, shape_of
 from vltrain.workflows.run_data import Halves, read_data, refuse_foreign_ids
 
@@ -76,9 +77,15 @@ def read_halves(
     return halves
 
 
-def count_run(
-    recipe: Recipe, base: Base, gpu_bytes: int | None
-) -> tuple[Census, HeldWeights | None]:
+@dataclass(frozen=True)
+class Counted:
+    """A run's model, counted before any weight is read."""
+
+    census: Census
+    held: HeldWeights | None  # how a full run holds what learns
+
+
+def count_run(recipe: Recipe, base: Base, gpu_bytes: int | None) -> Counted:
     """Where the parameters of a run lie, which of them learn, and how a full run holds those.
 
     No weight is read.
@@ -91,7 +98,36 @@ def count_run(
         pack_skeleton(model, base.family, Nf4(recipe.quantize.vision))
     learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=0)
     held = hold_weights(learning, recipe, gpu_bytes)
-    return take_census(learning, base.family), held
+    return Counted(take_census(learning, base.family), held)
+
+
+def memory_of(
+    recipe: Recipe,
+    base: Base,
+    arguments: TrainingArguments,
+    engine: Engine,
+    batch: BatchSizes,
+    *,
+    processes: int,
+    gpu_bytes: int | None,
+) -> RunMemory:
+    """A run as far as memory goes; with `memory: auto` as many layers are recomputed as the GPU
+    asks for.
+
+    Args:
+        batch: the largest that a process takes at a time.
+        gpu_bytes: of each GPU; None where no size is known.
+    """
+    counted = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
+    run = RunMemory(
+        counted.census,
+        base.family.read_sizes(base.config),
+        batch,
+        work_of(recipe, arguments, engine, processes, counted.held),
+        engine,
+        held=counted.held,
+    )
+    return fit_layers(run, gpu_bytes) if recipe.memory == "auto" and gpu_bytes else run
 
 
 def plan_engine(recipe: Recipe, base: Base, machine: Machine | None = None) -> Engine:
@@ -107,6 +143,6 @@ def plan_engine(recipe: Recipe, base: Base, machine: Machine | None = None) -> E
         recipe.engine,
         recipe.deepspeed,
         machine or Machine.this(),
-        lambda: load_of(count_run(recipe, base, None)[0], recipe),
+        lambda: load_of(count_run(recipe, base, None).census, recipe),
         base.family.layers,
     )

@@ -26,17 +26,15 @@ from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.engines import Machine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.base import Base, count_run, plan_engine, read_base, read_halves
+from vltrain.workflows.base import Base, memory_of, plan_engine, read_base, read_halves
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
-    fit_layers,
     gpu_memory,
     largest_batch_of,
     layers_of,
     parts,
     show_memory,
-    work_of,
 )
 from vltrain.workflows.prepare import (
     decisions,
@@ -188,12 +186,9 @@ def run_memory(
     machine = Machine(gpus, grouped=gpus > 1 or recipe.needs_processes, gpu_bytes=gpu_bytes)
     engine = plan_engine(recipe, base, machine)
     refuse_unfit_engine(recipe, engine)
-    census, held = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
-    sizes = base.family.read_sizes(base.config)
-    work = work_of(recipe, arguments, engine, gpus, held)
-    words = decisions(recipe, base.family, base.folder, held)
-    run = RunMemory(census, sizes, batch, work, engine, tuple(words))
-    return fit_layers(run, gpu_bytes) if recipe.memory == "auto" and gpu_bytes else run
+    run = memory_of(recipe, base, arguments, engine, batch, processes=gpus, gpu_bytes=gpu_bytes)
+    words = decisions(recipe, base.family, base.folder, run.held)
+    return replace(run, decisions=(*words, *run.decisions))
 
 
 def intended(recipe: Recipe) -> Recipe:

@@ -56,6 +56,7 @@ class RunMemory:
     work: Work
     engine: Engine = NO_ENGINE
     decisions: tuple[str, ...] = ()  # what the recipe leaves open and the run decides, in words
+    held: HeldWeights | None = None  # how a full run holds what learns
 
     @property
     def estimate(self) -> Estimate:

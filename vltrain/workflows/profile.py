@@ -194,7 +194,7 @@ def _refuse_small_machine(recipe: Recipe, base: Base) -> None:
     if torch.cuda.is_available():
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = count_run(recipe, base, None)[0].all.total_bytes
+    needed = count_run(recipe, base, None).census.all.total_bytes
     if needed > there:
         raise VltrainError.at(
             base.source.name,

@@ -40,7 +40,7 @@ from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
 from vltrain.workflows.advice import refuse_what_cannot_fit
-from vltrain.workflows.base import Base, count_run, plan_engine, read_base, read_halves
+from vltrain.workflows.base import Base, memory_of, plan_engine, read_base, read_halves
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.guard import (
     advised,
@@ -54,12 +54,10 @@ from vltrain.workflows.guard import (
 )
 from vltrain.workflows.memory import (
     RunMemory,
-    fit_layers,
     gpu_memory,
     largest_batch_of,
     layers_of,
     show_memory,
-    work_of,
 )
 from vltrain.workflows.prepare import (
     decisions,
@@ -197,17 +195,16 @@ def check_memory(
     gpu_bytes = gpu_memory()
     if gpu_bytes is None:
         return None
-    sizes = base.family.read_sizes(base.config)
-    census, held = count_run(recipe, base, memory_of_one(engine))
-    run = RunMemory(
-        census,
-        sizes,
-        largest_batch_of(recipe, sizes, halves, arguments),
-        work_of(recipe, arguments, engine, process_count(), held),
+    batch = largest_batch_of(recipe, base.family.read_sizes(base.config), halves, arguments)
+    run = memory_of(
+        recipe,
+        base,
+        arguments,
         engine,
+        batch,
+        processes=process_count(),
+        gpu_bytes=gpu_bytes,
     )
-    if recipe.memory == "auto":
-        run = fit_layers(run, gpu_bytes)
     show_memory(console, run, gpu_bytes)
     for line in run.decisions:
         console.print(line, soft_wrap=True)
