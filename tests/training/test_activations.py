@@ -26,6 +26,7 @@ from vltrain.training.activations import (
     Compute,
     decoder_kept,
     decoder_layer,
+    image_tokens_given,
     logits_backward,
     logits_forward,
     logits_gradient,
@@ -143,8 +144,19 @@ def test_a_projector_that_learns_keeps_what_it_made_of_the_patches():
 def test_the_widest_moment_of_a_resting_tower_is_its_mlp_or_the_projector():
     narrow = replace(SIZES, decoder=replace(SIZES.decoder, width=1))
 
-    assert vision_passing(SIZES, BATCH, HALF) == 9 * (2 * 4 + (10 + 8) * 8)
-    assert vision_passing(narrow, BATCH, HALF) == 9 * (8 * 4 + 4 * 8)
+    assert vision_passing(SIZES, 1, HALF) == 9 * (2 * 4 + (10 + 8) * 8)
+    assert vision_passing(narrow, 1, HALF) == 9 * (8 * 4 + 4 * 8)
+    assert vision_passing(SIZES, 3, HALF) == 3 * 9 * (2 * 4 + (10 + 8) * 8)
+
+
+def test_a_picture_takes_nothing_of_a_part_that_it_does_not_pass():
+    assert vision_passing(SIZES, 1, HALF, ["projector"]) == 9 * (2 * 4 + (10 + 8) * 8)
+    assert vision_passing(SIZES, 1, HALF, ["vision"]) == 9 * (8 * 4 + 4 * 8)
+    assert vision_passing(SIZES, 1, HALF, []) == 0
+
+
+def test_image_tokens_that_are_given_have_the_width_of_the_decoder():
+    assert image_tokens_given(SIZES, replace(BATCH, pictures=3), HALF) == 3 * 4 * 2 * 8
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor], *, half: bool) -> int:

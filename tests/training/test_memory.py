@@ -20,7 +20,7 @@ from vltrain.training.memory import (
     largest_batch,
     scaled,
 )
-from vltrain.training.moments import Sharing, Work
+from vltrain.training.moments import Features, Sharing, Work
 from vltrain.training.optimizer_bytes import Optimizer
 
 SIZES = ModelSizes(
@@ -135,6 +135,48 @@ def test_paged_states_are_not_on_the_gpu():
     paged = estimate(LORA, SIZES, BATCH, replace(WORK, optimizer=Optimizer("paged_adamw_32bit")))
 
     assert (paged.optimizer, paged.off_gpu) == (0, 2048)
+
+
+TOKENS = replace(WORK, features=Features(("vision", "projector"), at_once=8))
+PATCHES = replace(WORK, features=Features(("vision",), at_once=8))
+READING = Census(LORA.places | {"projector": learned(100)}, LORA.adapters)  # the projector learns
+
+
+def test_pictures_whose_image_tokens_are_kept_pass_neither_tower_nor_projector():
+    pixels, tokens = (moment(LORA, work, "the vision tower's forward") for work in (WORK, TOKENS))
+
+    assert pixels.vision == 9 * (2 * 4 + 18 * 8)  # a picture's patches in the projector
+    assert tokens.vision == 4 * 2 * 8  # its image tokens, which the batch brings
+    assert moment(LORA, TOKENS, "the loss, backward").vision == tokens.vision
+
+
+def test_pictures_whose_patches_are_kept_pass_the_projector_that_learns():
+    pixels, patches = (
+        moment(READING, work, "the vision tower's forward") for work in (WORK, PATCHES)
+    )
+
+    assert patches == pixels  # the projector's moment is the wider one
+    narrow = replace(SIZES, decoder=replace(SIZES.decoder, width=1))
+    seen = 9 * (2 * 4 + 12) + 4 * 10  # what the projector keeps
+    at_once = 9 * (2 * 4 + 18)
+    found = moment(READING, PATCHES, "the vision tower's forward", narrow).vision
+    assert found == seen + at_once
+
+
+def test_features_are_computed_before_there_is_a_gradient():
+    tokens, patches = (
+        moment(census, work, "the features, before the first step")
+        for census, work in ((LORA, TOKENS), (READING, PATCHES))
+    )
+
+    assert (tokens.gradients, tokens.vision) == (0, 8 * 9 * (2 * 4 + 18 * 8))
+    assert (patches.gradients, patches.vision) == (0, 8 * 9 * (8 * 4 + 4 * 8))  # the tower alone
+
+
+def test_weights_that_compute_features_stay_on_the_gpu():
+    assert (
+        estimate(LORA, SIZES, BATCH, TOKENS).weights == estimate(LORA, SIZES, BATCH, WORK).weights
+    )
 
 
 def shared(engine, *, stage=0, processes=4, **settings) -> Work:

@@ -7,12 +7,14 @@ computed (2 under autocast, else 4), `e` bytes of the hidden states between laye
 embedding matrix, which autocast leaves alone.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from vltrain.models.sizes import AdapterSizes, Census, ModelSizes, TowerSizes
+from vltrain.models.sizes import AdapterSizes, Census, ModelSizes, Place, TowerSizes
 
 FLOAT = 4  # bytes of a float32
+SEEING: tuple[Place, ...] = ("vision", "projector")  # what a picture passes
 
 Attention = Literal["sdpa", "packed", "eager"]
 
@@ -199,14 +201,27 @@ def vision_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: C
     return batch.pictures * kept
 
 
-def vision_passing(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
-    """The tower's or the projector's widest moment in a forward that keeps nothing.
+def vision_passing(
+    sizes: ModelSizes, pictures: int, compute: Compute, parts: Collection[Place] = SEEING
+) -> int:
+    """The widest moment of tower or projector in a forward that keeps nothing.
 
     A layer's MLP holds the patches, their norm in float32 and as computed with, and the hidden
     layer before and after its GELU; the projector holds the patches in the decoder's width: as
     they come, two norms of them in float32, what keys and values are made of, and both.
+
+    Args:
+        pictures: that pass at a time.
+        parts: which of the two they pass.
     """
     tower, c = sizes.tower, compute.bytes
-    mlp = (2 * c + FLOAT) * tower.width + 2 * c * tower.mlp_width
-    projector = c * tower.width + (5 * c + 2 * FLOAT) * sizes.decoder.width
-    return batch.pictures * tower.patches * max(mlp, projector)
+    widest = {
+        "vision": (2 * c + FLOAT) * tower.width + 2 * c * tower.mlp_width,
+        "projector": c * tower.width + (5 * c + 2 * FLOAT) * sizes.decoder.width,
+    }
+    return pictures * tower.patches * max((widest[part] for part in parts), default=0)
+
+
+def image_tokens_given(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
+    """The image tokens of a batch that has them in the place of pixels."""
+    return batch.pictures * sizes.tower.image_tokens * compute.bytes * sizes.decoder.width

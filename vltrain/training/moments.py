@@ -6,10 +6,12 @@ from typing import Literal
 
 from vltrain.models.sizes import Census, ModelSizes, Place
 from vltrain.training.activations import (
+    SEEING,
     BatchSizes,
     Compute,
     decoder_kept,
     decoder_layer,
+    image_tokens_given,
     logits_backward,
     logits_forward,
     logits_gradient,
@@ -41,6 +43,17 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a run computes of its pictures before its first step, and reads from the disk in each.
+
+    The weights are on the GPU all the same: they compute the features.
+    """
+
+    parts: tuple[Place, ...]  # that no picture passes in a step
+    at_once: int  # pictures whose features are computed together
+
+
+@dataclass(frozen=True)
 class Work:
     """All about a run that its memory depends on, beside model and batch."""
 
@@ -48,6 +61,7 @@ class Work:
     optimizer: Optimizer
     accumulates: bool = True  # several micro-batches make a step: gradients are there from before
     sharing: Sharing = Sharing()
+    features: Features | None = None  # None: pictures come as pixels
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class Step:
     def moments(self) -> tuple[Moment, ...]:
         """The moments in their order."""
         return (
+            *self._features(),
             self._seeing(),
             self._loss(),
             self._loss_backward(),
@@ -110,8 +125,15 @@ class Step:
 
     @cached_property
     def _seen(self) -> int:
-        """Activations of tower and projector, until the way back reaches them."""
-        return vision_kept(self.sizes, self.computed, self.batch, self.work.compute)
+        """Activations of tower and projector, until the way back reaches them.
+
+        Image tokens that are given are there all the while; patches that are given are what the
+        projector keeps.
+        """
+        features, compute = self.work.features, self.work.compute
+        if features is not None and "projector" in features.parts:
+            return image_tokens_given(self.sizes, self.batch, compute)
+        return vision_kept(self.sizes, self.computed, self.batch, compute)
 
     @cached_property
     def _gathered(self) -> int:
@@ -140,13 +162,24 @@ class Step:
             return self._copies("head")
         return self._copies("head", "layers", "adapter", "vision")
 
+    def _features(self) -> tuple[Moment, ...]:
+        """Before the first step nothing has a gradient; the optimizer has no state either."""
+        features = self.work.features
+        if features is None:
+            return ()
+        passing = vision_passing(self.sizes, features.at_once, self.work.compute, features.parts)
+        return (Moment("the features, before the first step", 0, vision=passing),)
+
     def _seeing(self) -> Moment:
         width = self.sizes.decoder.width * residual_bytes(self.computed)
+        given = () if self.work.features is None else self.work.features.parts
+        parts = [part for part in SEEING if part not in given]
+        passing = vision_passing(self.sizes, self.batch.pictures, self.work.compute, parts)
         return Moment(
             "the vision tower's forward",
             self._gradients_before,
             activations=self.batch.tokens * width,
-            vision=self._seen + vision_passing(self.sizes, self.batch, self.work.compute),
+            vision=self._seen + passing,
             copies=self._copies("vision") + self._gathered,
         )
 

@@ -1,6 +1,6 @@
 """The base of a run, and what is known of the run before any weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from vltrain.data.dataset import SampleDataset
 from vltrain.data.streaming import Split
 from vltrain.models.catalog import family_of, read_json
 from vltrain.models.census import skeleton, take_census
-from vltrain.models.family import Family
+from vltrain.models.family import Family, FeatureStage
+from vltrain.models.features import frozen_stage
 from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import DTYPES
 from vltrain.models.quantization import Nf4, pack_skeleton
@@ -21,6 +22,7 @@ from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.full_weights import HeldWeights
+from vltrain.workflows.features import features_of
 from vltrain.workflows.memory import RunMemory, fit_layers, load_of, work_of
 from vltrain.workflows.prepare import hold_weights, let_learn, shape_of
 from vltrain.workflows.run_data import Halves, read_data, refuse_foreign_ids
@@ -83,6 +85,7 @@ class Counted:
 
     census: Census
     held: HeldWeights | None  # how a full run holds what learns
+    stage: FeatureStage | None  # the last on a picture's way up to which nothing learns
 
 
 def count_run(recipe: Recipe, base: Base, gpu_bytes: int | None) -> Counted:
@@ -98,7 +101,8 @@ def count_run(recipe: Recipe, base: Base, gpu_bytes: int | None) -> Counted:
         pack_skeleton(model, base.family, Nf4(recipe.quantize.vision))
     learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=0)
     held = hold_weights(learning, recipe, gpu_bytes)
-    return Counted(take_census(learning, base.family), held)
+    stage = frozen_stage(learning, base.family)
+    return Counted(take_census(learning, base.family), held, stage)
 
 
 def memory_of(
@@ -107,6 +111,7 @@ def memory_of(
     arguments: TrainingArguments,
     engine: Engine,
     batch: BatchSizes,
+    halves: Halves | None,
     *,
     processes: int,
     gpu_bytes: int | None,
@@ -116,14 +121,17 @@ def memory_of(
 
     Args:
         batch: the largest that a process takes at a time.
+        halves: the run's data; None where it is not known.
         gpu_bytes: of each GPU; None where no size is known.
     """
     counted = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
+    work = work_of(recipe, arguments, engine, processes, counted.held)
+    features = features_of(recipe, base.config, counted.stage, engine, arguments, halves)
     run = RunMemory(
         counted.census,
         base.family.read_sizes(base.config),
         batch,
-        work_of(recipe, arguments, engine, processes, counted.held),
+        replace(work, features=features),
         engine,
         held=counted.held,
     )

@@ -109,7 +109,7 @@ def estimate_run(
         halves = read_halves(console, recipe, base, arguments)
         batch = largest_batch_of(recipe, sizes, halves, arguments)
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
-    run = run_memory(recipe, base, arguments, batch, gpus=gpus, gpu_bytes=gpu_bytes)
+    run = run_memory(recipe, base, arguments, batch, halves, gpus=gpus, gpu_bytes=gpu_bytes)
     epoch = None
     if probe and halves is not None and can_be_probed(run, halves, gpus):
         epoch = probe_epoch(recipe, base, halves, layers_of(recipe, run.engine, run))
@@ -167,11 +167,15 @@ def run_memory(
     base: Base,
     arguments: TrainingArguments,
     batch: BatchSizes,
+    halves: Halves | None = None,
     *,
     gpus: int = 1,
     gpu_bytes: int | None = None,
 ) -> RunMemory:
     """A run on some GPUs as far as memory goes; its model is counted and not loaded.
+
+    Args:
+        halves: the run's data; None where it is not known.
 
     Raises:
         VltrainError: the recipe's engine cannot run there, or the choice of one needs the size
@@ -186,8 +190,12 @@ def run_memory(
     machine = Machine(gpus, grouped=gpus > 1 or recipe.needs_processes, gpu_bytes=gpu_bytes)
     engine = plan_engine(recipe, base, machine)
     refuse_unfit_engine(recipe, engine)
-    run = memory_of(recipe, base, arguments, engine, batch, processes=gpus, gpu_bytes=gpu_bytes)
+    run = memory_of(
+        recipe, base, arguments, engine, batch, halves, processes=gpus, gpu_bytes=gpu_bytes
+    )
     words = decisions(recipe, base.family, base.folder, run.held)
+    if run.work.features is not None:
+        words.append("pictures: their features are kept, and computed before the first step")
     return replace(run, decisions=(*words, *run.decisions))
 
 

@@ -3,12 +3,13 @@
 import logging
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 import PIL
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from vltrain import __version__
 from vltrain.config import Recipe
@@ -20,11 +21,13 @@ from vltrain.errors import VltrainError
 from vltrain.models.family import Family, FeatureStage
 from vltrain.models.features import compute_features, frozen_stage, stage_fingerprint
 from vltrain.models.loading import DTYPES
+from vltrain.training.activations import SEEING
 from vltrain.training.agreement import from_all
 from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import Engine
-from vltrain.training.features import fill, look_through
+from vltrain.training.features import BATCH_ON_GPU, fill, look_through
 from vltrain.training.memory import GIB
+from vltrain.training.moments import Features
 from vltrain.workflows.run_data import Halves
 
 logger = logging.getLogger(__name__)
@@ -94,26 +97,63 @@ def keep_features(
         half.reader = replace(half.reader, features=store)
 
 
+def features_of(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    stage: FeatureStage | None,
+    engine: Engine,
+    arguments: TrainingArguments,
+    halves: Halves | None,
+) -> Features | None:
+    """The features that a run's steps will read, as far as that shows before its weights do.
+
+    Where other runs' features or a full disk leave no room, a run computes its own in each step
+    all the same.
+
+    Args:
+        config: of the model.
+        stage: the last on a picture's way up to which nothing learns.
+        halves: the run's data; None where it is not known, and then takes no more than it may.
+
+    Returns:
+        None where pictures come as pixels.
+    """
+    wanted = recipe.data.cache_features
+    if wanted is False or stage is None or reason_against(stage, halves, engine) is not None:
+        return None
+    if wanted == "auto" and (recipe.data.streaming or epochs(arguments, halves) <= 1):
+        return None
+    if halves is not None:
+        shown = sum(int(half.image_counts.sum()) for half in datasets_of(halves))
+        each = prod(stage.shape(config)) * DTYPES[run_dtype(recipe)].itemsize
+        if shown * each > recipe.data.features_max_gib * GIB:
+            return None
+    return Features(tuple(part for part in SEEING if part in stage.fed_by), BATCH_ON_GPU)
+
+
 def datasets_of(halves: Halves) -> list[SampleDataset]:
     """What a run shows pictures of, as far as it is known before."""
     return [h for h in (halves.train, halves.evaluation) if isinstance(h, SampleDataset)]
 
 
-def reason_against(stage: FeatureStage | None, halves: Halves, engine: Engine) -> str | None:
+def reason_against(stage: FeatureStage | None, halves: Halves | None, engine: Engine) -> str | None:
     """Why features cannot be kept; None: they can."""
     if stage is None:
         return "the vision tower learns"
     if engine.shards_weights:
         return f"{engine} shares out the weights that they follow from"
-    if isinstance(halves.train, SampleStream):
+    if halves is not None and isinstance(halves.train, SampleStream):
         return "records are streamed"
     return None
 
 
-def epochs(arguments: TrainingArguments, halves: Halves) -> float:
-    """How many times a run shows each sample, about."""
+def epochs(arguments: TrainingArguments, halves: Halves | None) -> float:
+    """How many times a run shows each sample, about; 0 where that depends on its data, and they
+    are not known."""
     if arguments.max_steps <= 0:
         return arguments.num_train_epochs
+    if halves is None:
+        return 0.0
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return arguments.max_steps * step * arguments.world_size / halves.epoch_units[0]
 

@@ -319,7 +319,8 @@ def _train(subject: Subject, rate: float, tokens: int, steps: int, folder: Path)
     if recipe.arranges_layers:
         sizes = base.family.read_sizes(base.config)
         batch = largest_batch_of(recipe, sizes, Halves(samples, None, rows=rows), arguments)
-        run = run_memory(recipe, base, arguments, batch, gpu_bytes=gpu_memory())
+        kept = replace(recipe, data=replace(recipe.data, cache_features=bool(subject.skipped)))
+        run = run_memory(kept, base, arguments, batch, gpu_bytes=gpu_memory())
         layers = layers_of(recipe, NO_ENGINE, run if gpu_memory() else None)
     held = hold_weights(model, recipe, gpu_memory())
     measured = measure(

@@ -202,6 +202,7 @@ def check_memory(
         arguments,
         engine,
         batch,
+        halves,
         processes=process_count(),
         gpu_bytes=gpu_bytes,
     )
