@@ -1,11 +1,7 @@
 """Merging: what is written, that it equals base + adapter, and what is refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +31,6 @@ from vltrain.workflows.reload import (
     reload_folder,
     reload_in_a_fresh_process,
 )
-from vltrain.workflows.whole_folder import whole_folder
 
 ATTENTION = "transformer.h.0.attn.c_attn.weight"
 
@@ -306,41 +301,6 @@ def test_a_merge_warns_when_rounding_weighs_as_much_as_what_was_learned(tmp_path
     merge(adapter, tmp_path / "merged")
 
     assert "rounding to bfloat16 weighs as much" in capsys.readouterr().out
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    out = tmp_path / "out"
-
-    def write_half() -> None:
-        with whole_folder(out) as draft:
-            (draft / "half").write_text("")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
-
-    with whole_folder(out) as draft:
-        (draft / "all").write_text("")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_a_killed_process_left_is_removed_and_a_running_one_is_left_alone(tmp_path):
-    code = "import time; print('up', flush=True); time.sleep(60)"
-    killed, running = (
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)
-    )
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    for process in (killed, running):
-        (tmp_path / f"out.partial-{process.pid}").mkdir()
-
-    with whole_folder(tmp_path / "out"):
-        names = {p.name for p in tmp_path.iterdir()}
-
-    running.kill()
-    running.wait()
-    assert names == {f"out.partial-{running.pid}", f"out.partial-{os.getpid()}"}
 
 
 def peft_merged(base: Path, *adapters: tuple[Path, float]) -> dict[str, torch.Tensor]:

@@ -11,23 +11,33 @@ from vltrain.errors import VltrainError
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise VltrainError where something has the name of a folder that is to be made."""
-    if out.exists() or out.is_symlink():
+    """Raise VltrainError where a folder cannot be made, or something has its name already."""
+    if os.path.lexists(out):
         raise VltrainError.at(
             str(out), what="exists already", fix="name another folder, or remove this one first"
+        )
+    there = _nearest(out)
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "may not be written to" if there.is_dir() else "is a file"
+        raise VltrainError.at(
+            str(out), what=f"cannot be made: {there} {what}", fix="name a folder elsewhere"
         )
 
 
 def refuse_small_disk(out: Path, needed_bytes: int) -> None:
     """Raise VltrainError where a folder of so many bytes does not fit on its disk."""
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_nearest(out)).free
     if needed_bytes > free:
         raise VltrainError.at(
             str(out),
             what=f"needs {needed_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there",
             fix="make space, or name a folder on another disk",
         )
+
+
+def _nearest(out: Path) -> Path:
+    """What is there of the way to a folder."""
+    return next(above for above in out.absolute().parents if os.path.lexists(above))
 
 
 @contextmanager
