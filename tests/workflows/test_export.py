@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import QWEN_VL_CONFIG, write_gptq, write_qwen_vl
 
 import vltrain.workflows.export
+from vltrain.commands.export import export as export_command
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
 from vltrain.models.plain_weights import plain_weights
@@ -289,6 +290,11 @@ def test_a_folder_that_exists_is_never_written_to(published, tmp_path):
 def test_a_layout_that_the_family_does_not_have_is_refused(published, tmp_path):
     with pytest.raises(VltrainError, match="Qwen-VL v1 has no such layout"):
         export(str(published), tmp_path / "out", "gguf")
+
+
+def test_the_words_for_4_bits_lead_to_the_command_that_packs_them():
+    with pytest.raises(VltrainError, match="fix: vltrain quantize runs/merged out --data"):
+        export_command("runs/merged", Path("out"), "gptq-int4")
 
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path):
