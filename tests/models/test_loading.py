@@ -293,3 +293,19 @@ def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, vltrain; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
 
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"hidden_size": "128"}, "hidden_size is '128'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"kv_channels": True}, "kv_channels is True"),
+        ({"use_logn_attn": "yes"}, "use_logn_attn is 'yes'"),
+        ({"visual": {**QWEN_VL_CONFIG["visual"], "width": None}}, "width is None"),
+        ({"visual": {"n_queries": 4}}, "`visual` lacks image_size, `visual` lacks patch_size"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused_by_its_keys(values, fault):
+    with pytest.raises(VltrainError, match=f"describe a Qwen-VL: {fault}"):
+        QwenVLConfig.from_published(QWEN_VL_CONFIG | values)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_qwen_vl
+from tiny import write_gptq, write_qwen_vl
 
 from vltrain.workflows.verify import folder_findings, picture, verify
 
@@ -90,6 +90,12 @@ def test_a_tensor_of_another_shape_or_dtype_is_found(model):
     assert (dtype.kind, dtype.severity) == ("dtype", "warning")
 
 
+def test_scales_of_float16_are_no_finding_where_gptq_has_packed(tmp_path):
+    write_gptq(tmp_path / "packed")
+
+    assert kinds(tmp_path / "packed") == []
+
+
 @pytest.mark.parametrize(("key", "value"), [("vocab_size", 400), ("image_start_id", 471)])
 def test_a_tokenizer_that_does_not_fit_the_config_is_found(model, key, value):
     config = json.loads((model / "config.json").read_text())
@@ -105,6 +111,41 @@ def test_a_vocabulary_or_a_config_that_is_missing_is_found(model):
 
     (model / "config.json").unlink()
     assert kinds(model) == ["config"]
+
+
+def test_a_size_that_is_no_number_is_found(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": "480"}))
+
+    (found,) = folder_findings(model)
+    assert (found.kind, found.message) == (
+        "config",
+        "config.json: does not describe a Qwen-VL: vocab_size is '480'",
+    )
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "merge.json"])
+def test_a_json_file_that_is_cut_short_is_found(model, name):
+    (model / name).write_text('{"chat_format": "cha')
+
+    (found,) = folder_findings(model)
+    assert (found.kind, found.file) == ("broken_file", str(model / name))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken"])
+def test_a_pointer_in_the_place_of_a_file_is_found(model, name):
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 20\n")
+
+    (found,) = folder_findings(model)
+    assert (found.kind, found.file) == ("pointer", str(model / name))
+
+
+def test_a_part_of_packed_weights_that_is_missing_is_found(tmp_path):
+    write_gptq(tmp_path / "packed")
+    change(tmp_path / "packed", **{"transformer.h.0.mlp.w1.scales": None})
+
+    (found,) = folder_findings(tmp_path / "packed")
+    assert "1 missing: transformer.h.0.mlp.w1.scales" in found.message
 
 
 def test_a_file_that_changed_since_its_merge_is_found(model):

@@ -98,11 +98,12 @@ def plain_weights(folder: Path, nf4: Nf4 | None = None) -> PlainWeights:
 def tensor_faults(weights: PlainWeights) -> list[str]:
     """What of a checkpoint's names and shapes is not as its `config.json` says, in words."""
     own = {f"{layer}.weight" for layer in weights.packed.layers}
-    packs = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    known = {f"{layer}.{part}" for layer in weights.packed.layers for part in packs}
+    packs = ("qweight", "qzeros", "scales", "g_idx")
+    packed = {f"{layer}.{part}" for layer in weights.packed.layers for part in packs}
+    biases = {f"{layer}.bias" for layer in weights.packed.layers}  # a plain layer may have none
     plain = set(weights.names()) - own
-    missing = sorted(plain - set(weights.files.names))
-    unexpected = sorted(set(weights.files.names) - plain - known)
+    missing = sorted((plain | packed) - set(weights.files.names))
+    unexpected = sorted(set(weights.files.names) - plain - packed - biases)
     mismatched = sorted(
         f"{name} {list(weights.files.shape(name))} for {list(weights.shape(name))}"
         for name in plain & set(weights.files.names)

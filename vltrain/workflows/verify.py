@@ -17,16 +17,26 @@ from vltrain.errors import VltrainError
 from vltrain.evaluation.generation import Decoding, Prompt, answer_batches
 from vltrain.models.catalog import family_of, read_json
 from vltrain.models.fingerprint import weight_files
+from vltrain.models.gptq import SETTINGS_FILE
 from vltrain.models.hub import resolve_model
 from vltrain.models.loading import INDEX_FILES, dtype_for_machine, load_model, load_processor
-from vltrain.models.manifest import list_faults
-from vltrain.models.plain_weights import described_weights, tensor_faults
+from vltrain.models.manifest import REPORT_FILES, list_faults
+from vltrain.models.plain_weights import PlainWeights, described_weights, tensor_faults
 from vltrain.models.tensor_files import TensorFiles, header_bytes
 from vltrain.workflows.inspect import print_findings
 from vltrain.workflows.quiet import hide_weight_bars
 
 QUESTION = "What is in the picture?"
 MAX_NEW_TOKENS = 32
+LFS_POINTER = b"version https://git-lfs"
+JSON_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    SETTINGS_FILE,
+    *INDEX_FILES,
+    *REPORT_FILES,
+)
 DOWNLOAD = "download it again, or run the merge or export that made it again"
 
 
@@ -72,8 +82,13 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
     """
     try:
         family = family_of(folder)
+        family.read_config(read_json(folder / "config.json"))
     except VltrainError as error:
         yield _told(error, folder, "config")
+        return
+    unreadable = list(unread_findings(folder))
+    yield from unreadable
+    if unreadable:
         return
     yield from tokenizer_findings(folder)
     yield from (
@@ -92,7 +107,22 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
         yield _finding(
             folder / "config.json", "tensors", f"is of a model of other tensors; {fault}"
         )
-    yield from value_findings(weights.files, weights.dtype)
+    yield from value_findings(weights)
+
+
+def unread_findings(folder: Path) -> Iterator[Finding]:
+    """Whether the JSON files are JSON, and no file is a pointer that Git LFS was to replace."""
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+        with file.open("rb") as stream:
+            begins = stream.read(len(LFS_POINTER))
+        if begins == LFS_POINTER:
+            what = "is a pointer of Git LFS; what it stands for was not downloaded"
+            yield _finding(file, "pointer", what, fix="download it again, or run `git lfs pull`")
+        elif file.name in JSON_FILES:
+            try:
+                read_json(file)
+            except VltrainError as error:
+                yield _told(error, file, "broken_file")
 
 
 def tokenizer_findings(folder: Path) -> Iterator[Finding]:
@@ -171,14 +201,19 @@ def _listed_files(folder: Path) -> dict[str, str]:
     return {}
 
 
-def value_findings(files: TensorFiles, dtype: torch.dtype) -> Iterator[Finding]:
-    """Whether all values are finite, and of the dtype that the config names."""
+def value_findings(weights: PlainWeights) -> Iterator[Finding]:
+    """Whether all values are finite, and of the dtype that the config names.
+
+    What GPTQ packed has scales of float16 beside weights of any dtype.
+    """
+    files, dtype = weights.files, weights.dtype
+    scales = {f"{layer}.scales" for layer in weights.packed.layers}
     other: dict[str, str] = {}
     for name in files.names:
         tensor = files.read(name)
         if not tensor.is_floating_point():
             continue
-        if tensor.dtype is not dtype:
+        if tensor.dtype is not dtype and name not in scales:
             other[name] = str(tensor.dtype).removeprefix("torch.")
         bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(4096))
         if bad:

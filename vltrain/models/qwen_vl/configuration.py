@@ -1,10 +1,12 @@
 """The sizes of a Qwen-VL v1 model, under the names of the published `config.json`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from vltrain.errors import VltrainError
 from vltrain.models.loss import ROWS
 from vltrain.models.sizes import DecoderSizes, ModelSizes, TowerSizes
 
@@ -123,5 +125,40 @@ class QwenVLConfig(PreTrainedConfig):
 
     @classmethod
     def from_published(cls, values: dict[str, Any]) -> "QwenVLConfig":
-        """A config from what a published `config.json` holds, without the way to remote code."""
+        """A config from what a published `config.json` holds, without the way to remote code.
+
+        Raises:
+            VltrainError: a size is no number, or one of the `visual` section is missing.
+        """
+        known = vars(cls())
+        sizes = _published_vision()
+        vision = values.get("visual", sizes)
+        if not isinstance(vision, dict):
+            vision = {}
+        faults = [
+            *_wrong_values(values, {k: v for k, v in known.items() if k in cls.__annotations__}),
+            *_wrong_values(vision, sizes),
+            *(f"`visual` lacks {key}" for key in sizes if key not in vision | {"n_queries": 256}),
+        ]
+        if faults:
+            raise VltrainError.at(
+                "config.json",
+                what=f"does not describe a Qwen-VL: {', '.join(faults)}",
+                fix="use the config.json that was published with the weights",
+            )
         return cls(**{k: v for k, v in values.items() if k not in FOREIGN_KEYS})
+
+
+def _wrong_values(values: Mapping[str, Any], examples: Mapping[str, Any]) -> list[str]:
+    """What is not of the kind of its example (a truth value, or a number above zero), in words."""
+    return [
+        f"{key} is {values[key]!r}"
+        for key, example in examples.items()
+        if key in values and isinstance(example, int | float) and not _is_like(values[key], example)
+    ]
+
+
+def _is_like(value: Any, example: bool | int | float) -> bool:
+    if isinstance(example, bool) or isinstance(value, bool):
+        return isinstance(example, bool) and isinstance(value, bool)
+    return isinstance(value, int if isinstance(example, int) else int | float) and value > 0
