@@ -124,6 +124,33 @@ def test_compiled_layers_teach_what_plain_ones_teach(kernel, recompute_every):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kept", "recompute_every"), [(1.0, 0), (0.5, 0), (0.0, 0), (1.0, 1), (0.5, 2)]
+)
+def test_gradients_of_compiled_layers_are_those_of_the_mask_that_made_the_loss(
+    kernel, kept, recompute_every
+):
+    model = adapted_model(dropout=0.5)
+    partitioned = "aot_eager_decomp_partition"
+    arrange_layers(model, LayerRuns(True, recompute_every, kept, partitioned))
+    _, gradients = learn(model, 5, 3)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    ways = [torch.randn_like(p) for p in learned]
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, way in zip(learned, ways, strict=True):
+                parameter.add_(way, alpha=sign * 1e-3)
+            torch.manual_seed(7)
+            sides.append(model(**row(5, 3), num_items_in_batch=10).loss.item())
+            for parameter, way in zip(learned, ways, strict=True):
+                parameter.sub_(way, alpha=sign * 1e-3)
+
+    slope = sum((g * w).sum().item() for g, w in zip(gradients, ways, strict=True))
+    assert (sides[0] - sides[1]) / 2e-3 == pytest.approx(slope, rel=0.01)
+
+
+@pytest.mark.slow
 def test_other_lengths_and_numbers_of_samples_compile_nothing_more(kernel):
     model = adapted_model(dropout=0.1)
     arrange_layers(model, COMPILED)

@@ -167,7 +167,10 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     rows = query.size(0)
-    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [B L, H, d]
+    # Values are a view of all three as they were projected, and would keep them for the way back.
+    flat = [
+        part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value)
+    ]  # [B L, H, d]
     attended = varlen_attn(
         *flat, boundaries, boundaries, longest, longest, scale=scaling, window_size=CAUSAL
     )

@@ -17,6 +17,8 @@ from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vltrain.models.dropout import draw_seeds, forget_seeds, hash_dropouts
+
 
 @dataclass(frozen=True)
 class LayerRuns:
@@ -71,16 +73,25 @@ class _Forward:
         self.plain = type(layer).forward
         self.backend = backend  # None: not compiled
         self.recomputed = recomputed
+        self.dropouts = [] if backend is None else hash_dropouts(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer makes of its inputs."""
-        layer = self.layer
-        if not layer.training:
-            return self.plain(layer, *args, **kwargs)
-        run = self.plain if self.backend is None else _compiled(self.plain, self.backend)
+        if not self.layer.training:
+            return self.plain(self.layer, *args, **kwargs)
         if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(run, layer, *args, use_reentrant=False, **kwargs)
-        return run(layer, *args, **kwargs)
+            return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.backend is None:
+            return self.plain(self.layer, *args, **kwargs)
+        if self.dropouts:
+            draw_seeds(self.dropouts, args[0].device)
+        try:
+            return _compiled(self.plain, self.backend)(self.layer, *args, **kwargs)
+        finally:
+            forget_seeds(self.dropouts)
 
 
 def _keep(share: float) -> None:
