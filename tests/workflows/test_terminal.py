@@ -179,6 +179,15 @@ def test_saving_adds_to_a_file_and_replaces_its_own_record(folder, says):
     assert "saved 2 exchanges in train.json" in said
 
 
+def test_a_conversation_that_begins_anew_is_saved_beside_the_one_before_it(folder, says):
+    says("one", "two")
+
+    talk(folder, "a", "/save new.json", "/reset", "b", "/save new.json")
+
+    records = json.loads(Path("new.json").read_text(encoding="utf-8"))
+    assert [record["conversations"][0]["value"] for record in records] == ["a", "b"]
+
+
 def test_a_record_ends_before_an_answer_that_a_run_would_refuse(folder, says):
     says("one", "<box>(1,2)</box>", "three")
 

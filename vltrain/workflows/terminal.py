@@ -127,7 +127,7 @@ class Terminal:
 
     def __init__(self, talk: Talk) -> None:
         self._talk = talk
-        self._identity = f"chat-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self._identity = _identity()
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/box": self._box,
@@ -220,7 +220,13 @@ class Terminal:
 
     def _reset(self, _: str) -> None:
         self._talk.reset()
+        self._identity = _identity()  # or what follows would replace what was saved
         print("all is forgotten")
+
+
+def _identity() -> str:
+    """An id for the record of a conversation that begins."""
+    return f"chat-{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def _free_name() -> Path:
