@@ -3,9 +3,7 @@
 import logging
 import math
 import re
-from pathlib import Path
 
-import matplotlib.font_manager
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +17,9 @@ from vltrain.data.grounding import (
     clip_to_picture,
     draw_boxes,
     grid_box,
-    label_font,
     parse_boxes,
     parse_regions,
     read_regions,
-    wide_font_file,
     write_regions,
 )
 from vltrain.errors import VltrainError
@@ -304,34 +300,3 @@ def test_every_box_tag_gives_a_region_or_a_reason(text):
     regions, reasons = parse_regions(text)
 
     assert len(regions) + len(reasons) >= len(re.findall("<(?:box|quad)>", text))
-
-
-@pytest.fixture
-def fonts(monkeypatch):
-    """Sets which font files this machine seems to have; forgets what was looked up before."""
-
-    def install(*files):
-        monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: list(files))
-        wide_font_file.cache_clear()
-        label_font.cache_clear()
-
-    yield install
-    wide_font_file.cache_clear()
-    label_font.cache_clear()
-
-
-def test_a_font_with_cjk_characters_is_found_by_its_name(fonts):
-    fonts("/fonts/Arial.ttf", "/fonts/NotoSansCJK-Regular.ttc", "/fonts/wqy-zenhei.ttc")
-
-    assert wide_font_file() == Path("/fonts/NotoSansCJK-Regular.ttc")
-
-
-def test_the_log_says_when_no_font_has_cjk_characters(fonts, caplog):
-    fonts("/fonts/Arial.ttf")
-
-    with caplog.at_level(logging.WARNING):
-        draw_boxes(Image.new("RGB", (200, 100)), "<ref>猫</ref><box>(250,500),(750,800)</box>")
-
-    assert caplog.messages == [
-        "no font with CJK characters on this machine: such labels are unreadable"
-    ]

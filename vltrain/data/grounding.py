@@ -351,12 +351,23 @@ def label_font(pixels: int, *, wide: bool) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=1)
 def wide_font_file() -> Path | None:
-    """A font file of this machine that holds CJK characters, None where there is none."""
+    """A font file of this machine that holds CJK characters, None where there is none.
+
+    One that is known to hold those of all three languages goes before what else is there.
+    """
     from matplotlib.font_manager import findSystemFonts
 
     files = sorted(Path(file) for file in findSystemFonts())
-    for wanted in _WIDE_FONTS:
-        for file in files:
-            if wanted in file.name.lower():
-                return file
-    return None
+    named = (file for part in _WIDE_FONTS for file in files if part in file.name.lower())
+    holding = (file for character in "的の한" for file in files if _holds(file, character))
+    return next(named, None) or next(holding, None)
+
+
+def _holds(file: Path, character: str) -> bool:
+    """Whether a font has a glyph for a character."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return FT2Font(str(file)).get_char_index(ord(character)) != 0
+    except (OSError, RuntimeError):
+        return False  # no font, or of a kind that cannot be read
