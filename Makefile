@@ -62,7 +62,7 @@ test-matrix: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "matrix and not gpu"
 
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ def test_a_nesting_beyond_all_measure_is_a_fault_with_its_line():
 
 def test_a_long_list_takes_no_more_memory_than_a_chunk(tmp_path):
     file = tmp_path / "a.json"
-    file.write_text("[" + ",".join(["[" + "1," * 499 + "1]"] * 20_000) + "]")  # 20 MB
+    file.write_text("[" + ",".join(['["' + "1" * 996 + '"]'] * 20_000) + "]")  # 20 MB
     tracemalloc.start()
     with file.open("rb") as opened:
         count = sum(1 for _ in list_elements(opened))

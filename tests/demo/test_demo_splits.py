@@ -89,6 +89,7 @@ def test_questions_come_in_both_languages_and_with_one_or_more_pictures_and_turn
     assert {len(entry["conversations"]) for entry in train.records} == {2, 4, 6}
 
 
+@pytest.mark.slow
 def test_splits_are_the_same_every_time(splits):
     again = make_splits()
 

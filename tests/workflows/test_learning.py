@@ -28,6 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", ["residual", "stochastic"])
 def test_weights_in_bfloat16_learn_and_a_run_that_was_cut_off_is_the_same(
     base, data, tmp_path, held

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from read_back import reload_here
 from safetensors.torch import load_file, save_file
 from tiny import write_gptq, write_qwen_vl
 
@@ -28,7 +29,6 @@ from vltrain.workflows.proof import compare, distance, prove_by_tensor
 from vltrain.workflows.reload import (
     probe_inputs,
     probe_logits,
-    reload_folder,
     reload_in_a_fresh_process,
 )
 
@@ -38,11 +38,6 @@ ATTENTION = "transformer.h.0.attn.c_attn.weight"
 @pytest.fixture(autouse=True)
 def read_back(request, monkeypatch):
     """Starting a process takes seconds, so that only tests marked slow read back in a fresh one."""
-
-    def reload_here(folder: Path, scratch: Path | None) -> torch.Tensor | None:
-        reload_folder(folder, scratch)
-        return None if scratch is None else load_file(scratch)["logits"]
-
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(vltrain.workflows.merge, "reload_in_a_fresh_process", reload_here)
 

@@ -41,6 +41,7 @@ def measured(folder: Path, output: Path, *overrides: str, **how) -> dict:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_each_length_has_its_row_and_the_figures_fit_each_other(folder, tmp_path, capsys):
     figures = measured(folder, tmp_path / "p.json", lengths=(24, 40))
 
