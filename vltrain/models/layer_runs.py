@@ -74,6 +74,7 @@ class _Forward:
         self.backend = backend  # None: not compiled
         self.recomputed = recomputed
         self.dropouts = [] if backend is None else hash_dropouts(layer)
+        self.learns = any(parameter.requires_grad for parameter in layer.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer makes of its inputs."""
@@ -86,10 +87,15 @@ class _Forward:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.backend is None:
             return self.plain(self.layer, *args, **kwargs)
+        hidden_states, *others = args
+        if self.learns and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            # The first layer's gradient is for nobody, but without it is another compilation.
+            hidden_states = hidden_states.detach().requires_grad_()
         if self.dropouts:
-            draw_seeds(self.dropouts, args[0].device)
+            draw_seeds(self.dropouts, hidden_states.device)
         try:
-            return _compiled(self.plain, self.backend)(self.layer, *args, **kwargs)
+            run = _compiled(self.plain, self.backend)
+            return run(self.layer, hidden_states, *others, **kwargs)
         finally:
             forget_seeds(self.dropouts)
 
