@@ -1,13 +1,14 @@
 """What a recipe's `trainer:` section and its engine become for the Trainer."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe, load_recipe
-from vltrain.training.arguments import step_count, training_arguments
+from vltrain.training.arguments import _implied_copies, step_count, training_arguments
 from vltrain.training.engines import Engine
 
 
@@ -55,3 +56,24 @@ def test_an_epoch_has_fewer_steps_on_more_processes(recipe, monkeypatch, samples
     monkeypatch.setattr(TrainingArguments, "world_size", processes)
 
     assert step_count(arguments, samples) == steps
+
+
+@pytest.mark.parametrize(
+    ("there", "trainer", "pinned"),
+    [(True, {}, True), (True, {"dataloader_pin_memory": False}, False), (False, {}, False)],
+)
+def test_from_pinned_memory_batches_are_copied_while_the_host_goes_on(
+    monkeypatch, there, trainer, pinned
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+
+    implied = TrainingArguments("out", use_cpu=True, **_implied_copies(trainer))
+
+    assert implied.accelerator_config.non_blocking == pinned
+
+
+def test_what_a_recipe_says_of_copies_holds(recipe):
+    said = {"accelerator_config": {"non_blocking": True}}
+    arguments = training_arguments(replace(recipe, trainer=recipe.trainer | said))
+
+    assert arguments.accelerator_config.non_blocking

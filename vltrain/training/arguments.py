@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
@@ -63,7 +63,7 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
         **_implied_optimizer(recipe),
         "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
         "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        **_implied_copies(recipe.trainer),
         "eval_strategy": "no",
     }
     if recipe.arranges_layers:
@@ -104,6 +104,13 @@ def _implied_optimizer(recipe: Recipe) -> dict[str, str]:
     if recipe.method != "qlora":
         return {}
     return {"optim": "paged_adamw_8bit" if torch.cuda.is_available() else "adamw_8bit"}
+
+
+def _implied_copies(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """How batches come to a GPU: from pinned memory, and the host goes on meanwhile."""
+    pinned = torch.cuda.is_available() and trainer.get("dataloader_pin_memory", True)
+    copies = {"accelerator_config": {"non_blocking": True}} if pinned else {}
+    return {"dataloader_pin_memory": pinned, **copies}
 
 
 def _refuse_wrong_types(settings: dict[str, Any]) -> None:
