@@ -10,12 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from read_back import reload_here
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE_START_ID, write_qwen_vl
 
-import vltrain.workflows.merge
 from vltrain.config import FreezeConfig
 from vltrain.data.conversation import ImagePart
 from vltrain.data.pictures import LOCAL_PICTURES, Pictures
@@ -271,9 +269,8 @@ def test_answers_to_another_task_are_not_kept(
 
 
 def test_an_adapter_answers_like_the_model_that_it_merges_into(
-    data: Path, model: Path, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, model: Path, console: Console, tmp_path: Path
 ):
-    monkeypatch.setattr(vltrain.workflows.merge, "reload_in_a_fresh_process", reload_here)
     adapted = add_lora(load_model(model), QWEN_VL, FreezeConfig(), Adapter(r=4), seed=1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

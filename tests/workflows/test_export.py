@@ -14,26 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import QWEN_VL_CONFIG, write_gptq, write_qwen_vl
 
-import vltrain.workflows.export
 from vltrain.commands.export import export as export_command
 from vltrain.errors import VltrainError
 from vltrain.models import load_model, load_processor
 from vltrain.models.plain_weights import plain_weights
 from vltrain.workflows.export import export, refuse_other_tensors, size_in_bytes
-from vltrain.workflows.reload import probe_inputs, probe_logits, reload_folder
+from vltrain.workflows.reload import probe_inputs, probe_logits
 from vltrain.workflows.verify import folder_findings
 from vltrain.workflows.whole_folder import refuse_small_disk
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "golden" / "layout.json").read_text())
 CODE = ("configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "visual.py")
 TEXTS = ("config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
-
-
-@pytest.fixture(autouse=True)
-def read_back(request, monkeypatch):
-    """Starting a process takes seconds, so that only tests marked slow read back in a fresh one."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(vltrain.workflows.export, "reload_in_a_fresh_process", reload_folder)
 
 
 @pytest.fixture

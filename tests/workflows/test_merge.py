@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from read_back import reload_here
 from safetensors.torch import load_file, save_file
 from tiny import write_gptq, write_qwen_vl
 
@@ -33,13 +32,6 @@ from vltrain.workflows.reload import (
 )
 
 ATTENTION = "transformer.h.0.attn.c_attn.weight"
-
-
-@pytest.fixture(autouse=True)
-def read_back(request, monkeypatch):
-    """Starting a process takes seconds, so that only tests marked slow read back in a fresh one."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(vltrain.workflows.merge, "reload_in_a_fresh_process", reload_here)
 
 
 @pytest.fixture

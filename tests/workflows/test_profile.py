@@ -80,6 +80,7 @@ def test_every_kind_of_run_can_be_measured(folder, tmp_path, how, overrides):
     assert figures["weights"] == ("random" if how.get("random") else "real")
 
 
+@pytest.mark.slow
 def test_with_kept_features_the_tower_does_not_run_in_a_step(folder, tmp_path, monkeypatch):
     seen: list[int] = []
     encode = VisionTower.encode_patches
@@ -96,6 +97,7 @@ def test_with_kept_features_the_tower_does_not_run_in_a_step(folder, tmp_path, m
     assert kept["rows"][0]["flops"] < plain["rows"][0]["flops"]
 
 
+@pytest.mark.slow
 def test_auto_keeps_no_features_of_a_tower_that_learns(folder, tmp_path):
     figures = measured(
         folder, tmp_path / "p.json", "data.cache_features=auto", "freeze.vision=false"
@@ -105,6 +107,7 @@ def test_auto_keeps_no_features_of_a_tower_that_learns(folder, tmp_path):
     assert figures["rows"][0]["error"] is None
 
 
+@pytest.mark.slow
 def test_a_length_that_does_not_fit_says_so_and_the_others_go_on(
     folder, tmp_path, monkeypatch, capsys
 ):

@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("vision", ["false", "true"])
+@pytest.mark.parametrize("vision", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_a_base_in_nf4_learns_and_its_adapter_merges_into_the_plain_base(
     base, data, tmp_path, vision
 ):
@@ -68,6 +68,7 @@ def test_a_packed_base_learns_and_its_adapter_stands_beside_it_again(packed, dat
     assert not torch.equal(adapted(input_ids=ids).logits, plain)
 
 
+@pytest.mark.slow
 def test_a_quantized_run_that_was_cut_off_goes_on_as_if_it_had_not_been(base, data, tmp_path):
     saved = ("trainer.save_steps=3", "trainer.max_steps=6")
     recipe = quick(base, data, tmp_path / "run", *saved, method="qlora")

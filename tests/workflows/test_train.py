@@ -212,6 +212,7 @@ def test_a_mix_shows_files_as_often_as_it_says_and_the_run_says_what_an_epoch_is
     assert sum(learned) == 108 + 4 * 3 * 2
 
 
+@pytest.mark.slow
 def test_records_are_streamed_pass_after_pass(base, data, tmp_path):
     held_out = write_texts(tmp_path / "held_out.json", "a", "b")
     stream = ("data.streaming=true", "data.shuffle_buffer=3", f"data.eval_files={held_out}")

@@ -1,0 +1,24 @@
+"""What tests of all workflows stand on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vltrain.workflows.export
+import vltrain.workflows.merge
+from vltrain.workflows.reload import reload_folder
+
+
+@pytest.fixture(autouse=True)
+def _read_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is read back in this process: only tests marked slow start a fresh one."""
+    if request.node.get_closest_marker("slow") is None:
+        for workflow in (vltrain.workflows.export, vltrain.workflows.merge):
+            monkeypatch.setattr(workflow, "reload_in_a_fresh_process", _reload_here)
+
+
+def _reload_here(folder: Path, scratch: Path | None) -> torch.Tensor | None:
+    reload_folder(folder, scratch)
+    return None if scratch is None else load_file(scratch)["logits"]
