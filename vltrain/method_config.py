@@ -33,6 +33,8 @@ class LoraConfig:
     rslora: bool = False  # alpha over the root of r, for large ranks (arXiv:2312.03732)
     plus: Annotated[float, Ge(1)] | None = None  # B learns so many times faster (arXiv:2402.12354)
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: the optimizer keeps float32 masters of them
+    # How frozen layers of the language model are held and multiplied: the recipe's dtype, or fp8.
+    base: Literal["dtype", "fp8"] = "dtype"
     start: Literal["zero", "pissa"] = "zero"  # pissa: at the base's main directions (2404.02948)
     continue_from: UserPath | None = None  # an earlier adapter; its shape is taken over
 
@@ -116,6 +118,8 @@ def method_faults(
         yield from _adapter_faults(freeze, lora)
     if method != "full" and lora.weights == "bf16":
         yield from _bf16_faults(method, dtype, trainer)
+    if method != "full" and lora.base == "fp8":
+        yield from _fp8_faults(method, dtype, lora)
     if method == "qlora":
         yield from _quantization_faults(lora, freeze, quantize)
     for part in fields(lr):
@@ -188,6 +192,25 @@ def _bf16_faults(method: Method, dtype: str, trainer: dict[str, Any]) -> Iterato
             "trainer.optim",
             "lora.weights: bf16 has an optimizer of its own, an AdamW with float32 masters",
             "take out trainer.optim, or set lora.weights: fp32",
+        )
+
+
+def _fp8_faults(method: Method, dtype: str, lora: LoraConfig) -> Iterator[Fault]:
+    """What has no place beside frozen layers in fp8."""
+    if method == "qlora":
+        what = "the layers of a qlora run have 4 bits, and not 8"
+        yield "lora.base", what, "take it out, or run `vltrain lora`"
+    if dtype not in ("auto", "bf16"):
+        yield (
+            "lora.base",
+            f"fp8 stands in the place of bf16, and dtype is {dtype}",
+            "take out dtype, or lora.base",
+        )
+    if lora.dora:
+        yield (
+            "lora.dora",
+            "DoRA measures the base's weights in each step, and those in fp8 are only multiplied",
+            "take out lora.dora, or lora.base",
         )
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models.family import Family, Part, has_prefix
-from vltrain.models.quantization import gptq_weights, is_gptq, weight_count
+from vltrain.models.quantization import fp8_weights, gptq_weights, is_gptq, weight_count
 from vltrain.models.shares import is_zero3
 
 PEFT_PREFIX = "base_model.model."
@@ -235,10 +235,14 @@ def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount
     """Learned and all parameters of each part, low-rank adapters as a part of their own.
 
     A module that learns whole beside LoRA is a copy: it counts as learned in its part, and not
-    twice in the part's size. A weight of 4 bits counts as one.
+    twice in the part's size. A weight of 4 or 8 bits counts as one.
     """
     counts: dict[CountedPart, PartCount] = {}
+    in_fp8 = fp8_weights(model)
     for name, parameter in model.named_parameters():
+        layer, _, own_name = name.rpartition(".")
+        if layer in in_fp8 and own_name != "bias":
+            continue
         plain = published_name(name)
         part = "adapter" if ADAPTER_MARK in name else family.parts.of(plain)
         before = counts.get(part, PartCount(0, 0))
@@ -246,7 +250,7 @@ def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount
         learned = size if parameter.requires_grad else 0
         own = 0 if COPY_MARK in name else size
         counts[part] = PartCount(before.learned + learned, before.total + own)
-    for name, size in gptq_weights(model).items():
+    for name, size in (gptq_weights(model) | in_fp8).items():
         part = family.parts.of(published_name(name))
         before = counts.get(part, PartCount(0, 0))
         counts[part] = PartCount(before.learned, before.total + size)

@@ -1,4 +1,4 @@
-"""4-bit weights under an adapter: which layers get them, and how many weights they stand for."""
+"""Weights of 4 bits under an adapter, and how many weights packed ones and fp8 stand for."""
 
 import re
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from vltrain.models.family import Family, has_prefix
+from vltrain.models.fp8_linear import Fp8Linear
 from vltrain.models.shares import element_count
 
 
@@ -124,4 +125,13 @@ def gptq_weights(model: nn.Module) -> dict[str, int]:
         name: layer.in_features * layer.out_features
         for name, layer in model.named_modules()
         if "qweight" in layer._buffers
+    }
+
+
+def fp8_weights(model: nn.Module) -> dict[str, int]:
+    """How many weights each layer in fp8 stands for; its codes are parameters, and there twice."""
+    return {
+        name: layer.in_features * layer.out_features
+        for name, layer in model.named_modules()
+        if isinstance(layer, Fp8Linear)
     }

@@ -14,6 +14,7 @@ from vltrain.models.catalog import family_of, read_json
 from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family, FeatureStage
 from vltrain.models.features import frozen_stage
+from vltrain.models.fp8_weights import refuse_old_gpu, refuse_unfit_widths
 from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import DTYPES
 from vltrain.models.quantization import Nf4, pack_skeleton
@@ -79,6 +80,19 @@ def read_halves(
     return halves
 
 
+def refuse_unfit_fp8(recipe: Recipe, base: Base, *, here: bool = True) -> None:
+    """Raise VltrainError where the recipe wants fp8 and the base or the machine cannot have it.
+
+    Args:
+        here: whether the run is for this machine.
+    """
+    if recipe.lora.base != "fp8":
+        return
+    if here:
+        refuse_old_gpu()
+    refuse_unfit_widths(skeleton(base.family, base.config, DTYPES["bf16"]), base.family)
+
+
 @dataclass(frozen=True)
 class Counted:
     """A run's model, counted before any weight is read."""
@@ -91,7 +105,7 @@ class Counted:
 def count_run(recipe: Recipe, base: Base, gpu_bytes: int | None) -> Counted:
     """Where the parameters of a run lie, which of them learn, and how a full run holds those.
 
-    No weight is read.
+    No weight is read. Layers in fp8 count as the bf16 that they take the bytes of.
 
     Args:
         gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.

@@ -26,7 +26,14 @@ from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.engines import Machine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.base import Base, memory_of, plan_engine, read_base, read_halves
+from vltrain.workflows.base import (
+    Base,
+    memory_of,
+    plan_engine,
+    read_base,
+    read_halves,
+    refuse_unfit_fp8,
+)
 from vltrain.workflows.memory import (
     RunMemory,
     assumed_batch,
@@ -38,6 +45,7 @@ from vltrain.workflows.memory import (
 )
 from vltrain.workflows.prepare import (
     decisions,
+    hold_base,
     hold_weights,
     let_learn,
     refuse_unfit_base,
@@ -100,6 +108,7 @@ def estimate_run(
     arguments = training_arguments(recipe)
     base = read_base(recipe.model)
     refuse_unfit_base(recipe, base.folder)
+    refuse_unfit_fp8(recipe, base, here=memory_gib is None)
     halves = None
     sizes = base.family.read_sizes(base.config)
     if recipe.data.files == (NOT_GIVEN,):
@@ -262,6 +271,7 @@ def random_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | 
     if recipe.method == "qlora":
         pack_in_place(model, base.family, Nf4(recipe.quantize.vision), DTYPES[run_dtype(recipe)])
     learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=seed)
+    hold_base(learning, recipe, base.family)
     hold_weights(learning, recipe, gpu_memory())
     return learning
 

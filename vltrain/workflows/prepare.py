@@ -16,6 +16,7 @@ from vltrain.models.adapters import Adapter, add_lora, lora_config, set_learned,
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import is_chat_tuned
 from vltrain.models.family import Family
+from vltrain.models.fp8_weights import hold_in_fp8
 from vltrain.models.gptq import is_packed
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import load_model
@@ -61,6 +62,12 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
             "lora.weights",
             what=f"adapters in bf16 are for one process, and this run is under {engine}",
             fix="set lora.weights: fp32, or start one process",
+        )
+    if recipe.lora.base == "fp8" and engine.shards_weights:
+        raise VltrainError.at(
+            "lora.base",
+            what=f"{engine} shares weights out, and those in fp8 are whole in each process",
+            fix="set engine: ddp, or deepspeed: zero2; or take out lora.base",
         )
     if recipe.method == "qlora" and engine.shards_weights:
         raise VltrainError.at(
@@ -153,7 +160,16 @@ def prepare_model(
     model.config.use_cache = False
     if recipe.data.packing:
         attend_packed(model)
-    return let_learn(model, recipe, family, folder, seed=seed)
+    return hold_base(let_learn(model, recipe, family, folder, seed=seed), recipe, family)
+
+
+def hold_base(
+    model: PreTrainedModel | PeftModel, recipe: Recipe, family: Family
+) -> PreTrainedModel | PeftModel:
+    """The model, its frozen layers in fp8 where the recipe has them so."""
+    if recipe.lora.base == "fp8":
+        hold_in_fp8(model, family)
+    return model
 
 
 def let_learn(
@@ -237,6 +253,11 @@ def decisions(recipe: Recipe, family: Family, folder: Path, held: HeldWeights | 
     lines = []
     if held in HELD:
         lines.append(f"learned weights: {HELD[held]}; moments of 8 bits (full.weights: {held})")
+    if recipe.lora.base == "fp8":
+        lines.append(
+            "frozen layers of the language model: fp8, multiplied in it on a GPU and emulated on a "
+            "CPU (lora.base: fp8)"
+        )
     if recipe.method == "qlora":
         vision = "quantized too" if recipe.quantize.vision else "kept as it is"
         nf4 = f"NF4, the vision tower {vision}"

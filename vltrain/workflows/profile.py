@@ -35,7 +35,7 @@ from vltrain.training.flops import ModelWork, Weights, matmul_rate
 from vltrain.training.made_up import MadeUpSamples, write_photo
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.base import Base, count_run, read_base
+from vltrain.workflows.base import Base, count_run, read_base, refuse_unfit_fp8
 from vltrain.workflows.estimate import draft, probe_recipe, random_model, run_memory
 from vltrain.workflows.features import autocast_of
 from vltrain.workflows.memory import gpu_memory, largest_batch_of, layers_of
@@ -137,13 +137,16 @@ def _read(
     if recipe.model != str(published):
         base = read_base(recipe.model)
         refuse_unfit_base(recipe, base.folder)
+        refuse_unfit_fp8(recipe, base)
         return recipe, base, False
     family = FAMILIES[0]
     config = family.read_config({})
     config.save_pretrained(published)
     (published / "generation_config.json").write_text('{"chat_format": "chatml"}')
     source = ResolvedModel(published, None, f"{family.name} of {PUBLISHED}")
-    return recipe, Base(source, family, config, None), True
+    base = Base(source, family, config, None)
+    refuse_unfit_fp8(recipe, base)
+    return recipe, base, True
 
 
 def in_steps_of(recipe: Recipe, samples: int) -> Recipe:

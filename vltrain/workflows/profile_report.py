@@ -80,7 +80,9 @@ def headings(setting: Setting) -> Iterator[Text | str]:
         f"on {setting.device}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
     checkpointing = "on" if recipe.trainer["gradient_checkpointing"] else "off"
+    fp8 = ["frozen layers in fp8"] if recipe.lora.base == "fp8" else []
     levers = [
+        *fp8,
         "packed" if recipe.data.packing else "padded",
         "layers compiled" if recipe.compile is not False else "layers not compiled",
         f"memory: {recipe.memory}"
@@ -155,6 +157,7 @@ def as_object(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "samples_per_step": setting.samples,
+        "lora_base": recipe.lora.base,
         "packing": recipe.data.packing,
         "compile": recipe.compile,
         "memory": recipe.memory,

@@ -40,7 +40,14 @@ from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
 from vltrain.workflows.advice import refuse_what_cannot_fit
-from vltrain.workflows.base import Base, memory_of, plan_engine, read_base, read_halves
+from vltrain.workflows.base import (
+    Base,
+    memory_of,
+    plan_engine,
+    read_base,
+    read_halves,
+    refuse_unfit_fp8,
+)
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.guard import (
     advised,
@@ -95,6 +102,7 @@ def train(recipe: Recipe, console: Console | None = None) -> None:
 def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) -> None:
     base = read_base(recipe.model)
     refuse_unfit_base(recipe, base.folder)
+    refuse_unfit_fp8(recipe, base)
     engine = plan_engine(recipe, base)
     refuse_unfit_engine(recipe, engine)
     engine = on_processes_of_now(engine, run, process_count())
