@@ -10,7 +10,8 @@ model.
 
 Model FLOPs are 4 x parameters x tokens of the decoder's layers (their weights are frozen: no
 gradient of theirs is computed), the same of the head over learned tokens (6 where it learns), and
-2 x parameters x patches of the frozen ViT where it runs; attention's own are left out.
+2 x parameters x patches of the frozen ViT where it runs; attention's own are left out. Utilisation
+is of the card's rate in bf16, for layers in fp8 as well.
 """
 
 import argparse
@@ -35,10 +36,11 @@ from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import FEATURES
 from vltrain.data.feature_store import FeatureStore
 from vltrain.data.step_rows import StepRows
-from vltrain.models.adapters import Adapter, add_lora
+from vltrain.models.adapters import Adapter, add_lora, count_parts
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.features import compute_features, frozen_stage
+from vltrain.models.fp8_weights import hold_in_fp8
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.master_adamw import master_optimizer, narrow_learned
@@ -66,6 +68,7 @@ class Cell:
     embeddings: bool = False  # wte and lm_head learn too
     narrow: bool = False  # what learns is bf16, with float32 masters in the optimizer
     features: bool = False  # what the vision tower makes of pictures is read from the disk
+    fp8: bool = False  # the decoder's frozen layers are held and multiplied in fp8
     steps: int = 4
 
     @property
@@ -116,6 +119,8 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
         replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),
         replace(base, name="Base: all, fast, bf16 learned", tokens=longest, narrow=True),
         replace(fast, name="all, fast, no dropout", tokens=longest, dropout=0.0),
+        replace(fast, name="all, fast, fp8", tokens=middle, fp8=True),
+        replace(fast, name="half rows, fp8", tokens=longest, fp8=True, row_tokens=4 * longest),
     ]
 
 
@@ -154,17 +159,20 @@ class Models:
     def __init__(self, *, tiny: bool) -> None:
         self.config = QwenVLConfig(**(SMALL if tiny else {}))
         self.folder = Path(tempfile.mkdtemp())  # for features
-        self._held: tuple[tuple[bool, float, bool], nn.Module] | None = None
+        self._held: tuple[tuple[bool, float, bool, bool], nn.Module] | None = None
 
     def of(self, cell: Cell) -> nn.Module:
         """With random weights and adapters, on the GPU where there is one."""
-        shape = (cell.embeddings, cell.dropout, cell.narrow)
+        shape = (cell.embeddings, cell.dropout, cell.narrow, cell.fp8)
         if self._held is None or self._held[0] != shape:
             self._held = None
             torch._dynamo.reset()  # it compiles no more than some variants of a layer
             _free()
             adapter = Adapter(dropout=cell.dropout, embeddings=cell.embeddings)
-            self._held = (shape, add_lora(self._base(), QWEN_VL, FreezeConfig(), adapter, seed=0))
+            made = add_lora(self._base(), QWEN_VL, FreezeConfig(), adapter, seed=0)
+            if cell.fp8:
+                hold_in_fp8(made, QWEN_VL)
+            self._held = (shape, made)
         model = self._held[1]
         if cell.narrow:
             narrow_learned(model)
@@ -235,7 +243,8 @@ def step_flops(cell: Cell, config: QwenVLConfig, model: nn.Module) -> float:
     """Of the work that a step is about, however it is done; see the module."""
     base = model.get_base_model().transformer
     vision = config.vision
-    layers = sum(p.numel() for n, p in base.h.named_parameters() if "lora_" not in n)
+    layers = count_parts(model, QWEN_VL)["language"].total
+    layers -= 2 * config.vocab_size * config.hidden_size + config.hidden_size  # ends and last norm
     vit = sum(p.numel() for p in base.visual.transformer.parameters())
     vit = 0 if cell.features else vit
     learned = cell.tokens - vision.n_queries - 2
