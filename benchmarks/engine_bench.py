@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ ENGINES = {
     "fsdp2": {"engine": "fsdp2"},
 }
 STEPS = 6
+CELL_SECONDS = 120  # that a run of a recipe may take, the start included
 # Of the decoder and of the ViT, where whole checkpoints are written again and again.
 SMALL_LAYERS = 2
 
@@ -64,7 +64,7 @@ class Bench:
         return max(1.0, min(seconds, self.deadline - time.monotonic()))
 
 
-def write_base(bench: Bench) -> None:
+def write_bases(bench: Bench) -> None:
     """The models, and records of which every second one, in random order, has a picture."""
     import tiny
     import torch
@@ -124,44 +124,35 @@ def recipe(bench: Bench, name: str, method: str, engine: dict[str, str], **train
     return file
 
 
-def group(
-    bench: Bench, kind: str, processes: int, cells: dict[str, str], seconds: float
-) -> Iterator[dict[str, Any]]:
-    """Cells in one start of torchrun; after a cell that fails, a new start for those behind it.
+def run_cell(
+    bench: Bench, kind: str, processes: int, name: str, what: str, seconds: float
+) -> dict[str, Any]:
+    """One cell in processes of its own, so that its peaks of memory are its own too.
 
     Args:
         kind: of cell, as `engine_cells.py` knows them.
         processes: of the group; one runs by itself.
-        cells: by name, what stands for each on the command line.
-        seconds: that a cell may take, the start included.
+        name: of the cell.
+        what: stands for it on the command line.
+        seconds: that it may take, the start included.
     """
-    left = dict(cells)
-    while left and bench.limit(1e9) > 5:
-        own = bench.folder / "group.jsonl"
-        own.unlink(missing_ok=True)
-        error = watch(bench, start(bench, kind, processes, own, left.values()), own, seconds)
-        for done in read_lines(own):
-            left.pop(next(iter(left)))
-            yield done
-        if left and error:
-            yield {"cell": take_first(left), "error": error}
-
-
-def take_first(cells: dict[str, str]) -> str:
-    """Remove the first cell; its name."""
-    name = next(iter(cells))
-    del cells[name]
-    return name
+    if bench.limit(1e9) <= 5:
+        return {"cell": name, "error": "no time was left"}
+    own = bench.folder / "cell.jsonl"
+    own.unlink(missing_ok=True)
+    error = watch(bench, start(bench, kind, processes, own, what), seconds)
+    found = read_lines(own)
+    return found[0] if found else {"cell": name, "error": error or "it left no result"}
 
 
 def start(
-    bench: Bench, kind: str, processes: int, results: Path, cells: Sequence[str] | Any
+    bench: Bench, kind: str, processes: int, results: Path, what: str
 ) -> subprocess.Popen[str]:
-    """A group of processes at work on cells."""
+    """A group of processes at work on one cell."""
     script = str(Path(__file__).with_name("engine_cells.py"))
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, *(torchrun if processes > 1 else []), script, kind, str(results), *cells],
+        [sys.executable, *(torchrun if processes > 1 else []), script, kind, str(results), what],
         env=environment(bench),
         stdout=subprocess.DEVNULL,
         stderr=(bench.folder / "stderr.txt").open("w"),
@@ -178,20 +169,15 @@ def environment(bench: Bench) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, **hidden}
 
 
-def watch(bench: Bench, process: subprocess.Popen[str], results: Path, seconds: float) -> str:
-    """Wait for a group; why it did not do all of its cells, or nothing."""
-    seen, since = 0, time.monotonic()
+def watch(bench: Bench, process: subprocess.Popen[str], seconds: float) -> str:
+    """Wait for a cell; why it did not come to its end, or nothing."""
+    began, limit = time.monotonic(), bench.limit(seconds)
     while process.poll() is None:
-        count = len(read_lines(results))
-        if count > seen:
-            seen, since = count, time.monotonic()
-        if time.monotonic() - since > bench.limit(seconds):
+        if time.monotonic() - began > limit:
             end_tree(process)
-            return f"took longer than {time.monotonic() - since:.0f} s"
+            return f"took longer than {limit:.0f} s"
         time.sleep(0.5)
-    if process.returncode == 0:
-        return ""
-    return last_words(bench)
+    return last_words(bench) if process.returncode else ""
 
 
 def last_words(bench: Bench) -> str:

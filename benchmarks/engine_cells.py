@@ -1,9 +1,9 @@
 """What the processes of `engines_gpu.py` do: runs of recipes, and steps at the real size.
 
-    torchrun --nproc-per-node 2 benchmarks/engine_cells.py train RESULTS RECIPE...
+    torchrun --nproc-per-node 2 benchmarks/engine_cells.py train RESULTS RECIPE
     torchrun --nproc-per-node 2 benchmarks/engine_cells.py speed RESULTS '{"engine": "ddp", …}'
 
-Each cell that ends well adds one JSON object to the file RESULTS.
+A cell that ends well adds one JSON object to the file RESULTS.
 """
 
 import gc
@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from real_size_lora import TOY, Samples, StepClock, step_arguments
 from torch import distributed
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from vltrain.config import FreezeConfig, read_resolved
 from vltrain.data.collation import Collator
-from vltrain.models.adapters import Adapter, add_lora, learns_to_see, set_learned
+from vltrain.models.adapters import Adapter, add_lora, learns_to_see, set_learned, widen_learned
 from vltrain.models.catalog import QWEN_VL
+from vltrain.models.hub import ResolvedModel
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.engines import NO_ENGINE, Engine, engine_settings, read_deepspeed
+from vltrain.training.flops import matmul_rate
 from vltrain.training.processes import is_first, leave_group, process_count
 from vltrain.training.run_dir import RunDir
 from vltrain.training.trainer import Trainer
+from vltrain.workflows.base import Base
+from vltrain.workflows.profile import work_of_model
 from vltrain.workflows.quiet import quiet_loggers
 from vltrain.workflows.train import train
 
@@ -59,8 +63,21 @@ def train_recipe(file: Path) -> dict[str, Any]:
     }
 
 
+class StartPeak(TrainerCallback):
+    """Keeps the peak of the start, where a whole model may lie on each GPU, from that of steps."""
+
+    def __init__(self) -> None:
+        self.gib: float | None = None
+
+    def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        if state.global_step == WARMUP_STEPS and torch.cuda.is_available():
+            self.gib = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+
+
 def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Steps of the real size with random weights: seconds, tokens a second and GPU, memory.
+    """Steps of the real size with random weights: seconds, tokens a second and GPU, utilisation of
+    what the device does in products of large matrices, memory.
 
     Args:
         wanted: `engine` ("none", "ddp", "fsdp2" or a name of ds_configs/), `method`, `tokens`,
@@ -74,30 +91,44 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
     config = model.config
     if wanted["method"] == "full":
         model = set_learned(model, QWEN_VL, FreezeConfig())
+        if engine.name != "deepspeed":  # which has float32 weights of its own
+            widen_learned(model)
     else:
         model = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
     assert wanted["method"] == "full" or not learns_to_see(model, QWEN_VL)
+    base = Base(ResolvedModel(Path("random"), None, "random"), QWEN_VL, config, None)
+    work = work_of_model(model, base)  # before the engine shares it out
+    rate = matmul_rate(arguments.device, model.get_input_embeddings().weight.dtype)
     samples = wanted["accumulation"] * process_count() * steps
-    clock = StepClock()
+    clock, start = StepClock(), StartPeak()
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=Samples(config, wanted["tokens"], samples),
         data_collator=Collator(pad_id=151643),
-        callbacks=[clock],
+        callbacks=[clock, start],
         engine=engine,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     seconds = statistics.median(clock.seconds[WARMUP_STEPS:])
+    flops = wanted["accumulation"] * work.step_flops(
+        tokens=wanted["tokens"],
+        learned=wanted["tokens"] - config.vision.n_queries - 2,
+        pictures=1,
+    )
     return {
         **wanted,
         "cell": f"speed-{wanted['method']}-{wanted['engine']}-x{process_count()}",
         "world_size": process_count(),
         "seconds_per_step": seconds,
         "tokens_per_second_and_gpu": wanted["tokens"] * wanted["accumulation"] / seconds,
+        "flops_per_step_and_gpu": flops,
+        "flops_per_second_of_products": rate,
+        "utilisation": flops / seconds / rate,
         "all_seconds": clock.seconds,
         "peak_gib": peak_gib(),
+        "peak_gib_of_start": start.gib,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
@@ -109,6 +140,10 @@ def engine_named(name: str) -> Engine:
         return NO_ENGINE
     if name in ("ddp", "fsdp2"):
         return Engine(name, "a cell asks for it", layers=QWEN_VL.layers)
+    if not torch.cuda.is_available():  # as in a run, sums on CPUs are left to gloo
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return Engine("deepspeed", "a cell asks for it", read_deepspeed(name))
 
 
@@ -138,11 +173,10 @@ def peak_gib() -> float | None:
     return float(peak)
 
 
-def main(kind: str, results: str, *cells: str) -> None:
+def main(kind: str, results: str, cell: str) -> None:
     quiet_loggers()
-    for cell in cells:
-        made = train_recipe(Path(cell)) if kind == "train" else measure_speed(json.loads(cell))
-        note(Path(results), made)
+    made = train_recipe(Path(cell)) if kind == "train" else measure_speed(json.loads(cell))
+    note(Path(results), made)
     leave_group()
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from engine_bench import (
+    CELL_SECONDS,
     ENGINES,
     Bench,
     descendants,
     end_tree,
     environment,
-    group,
     last_words,
     read_lines,
     recipe,
+    run_cell,
 )
 
 KILLED_AFTER = 3  # steps; a checkpoint is written every second one
@@ -29,7 +30,7 @@ CELLS = ("lora-ddp", "full-zero3", "full-fsdp2", "lora-fsdp2")
 
 
 def kill(bench: Bench, cells: Sequence[str]) -> None:
-    """`vltrain --gpus N` for some of CELLS, beside an uninterrupted run; the adapter is merged.
+    """`vltrain --gpus N` for some of CELLS, beside an uninterrupted run; adapters are merged.
 
     A checkpoint of full training is 12 bytes a weight beside the model, so its model is small.
     """
@@ -37,13 +38,12 @@ def kill(bench: Bench, cells: Sequence[str]) -> None:
         method, engine = name.split("-")
         settings = {**SETTINGS, "base": "base" if method == "lora" else "small"}
         whole = recipe(bench, f"whole-{name}", method, ENGINES[engine], **settings)
-        for cell in group(bench, "train", bench.gpus, {whole.stem: str(whole)}, 100):
-            bench.log(cell)
+        bench.log(run_cell(bench, "train", bench.gpus, whole.stem, str(whole), CELL_SECONDS))
         cut = recipe(bench, f"cut-{name}", method, ENGINES[engine], **settings)
         command = command_of(bench, method, cut)
         bench.log({"cell": f"kill-{name}", **kill_one(bench, command, cut.stem)})
         bench.log({"cell": f"resume-{name}", **resume(bench, command, name)})
-        if name == "lora-ddp":
+        if method == "lora":
             bench.log({"cell": f"merge-{name}", **merge(bench, name)})
 
 
@@ -51,9 +51,34 @@ def command_of(bench: Bench, method: str, file: Path) -> list[str]:
     """The run of a recipe on all GPUs; on CPUs, which `--gpus` does not take, by torchrun."""
     words = ["-m", "vltrain", method, str(file)]
     if bench.tiny:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={bench.gpus}"]
-        return [sys.executable, *torchrun, *words]
+        return by_torchrun(bench, words)
     return [sys.executable, *words, "--gpus", str(bench.gpus)]
+
+
+def launchers(bench: Bench) -> None:
+    """The same recipe by `vltrain --gpus N` and by torchrun: how far the losses are apart."""
+    losses = []
+    for name in ("by-vltrain", "by-torchrun"):
+        file = recipe(bench, name, "lora", ENGINES["ddp"], gradient_accumulation_steps=1)
+        words = ["-m", "vltrain", "lora", str(file)]
+        command = command_of(bench, "lora", file)
+        if name == "by-torchrun":
+            command = by_torchrun(bench, words)
+        done = run_to_end(bench, command)
+        rows = read_lines(bench.folder / "runs" / name / "metrics.jsonl")
+        losses.append([row["loss"] for row in rows if "loss" in row])
+        if done is None or done.returncode:
+            why = "took too long" if done is None else done.stderr[-800:]
+            bench.log({"cell": name, "error": why})
+            return
+    apart = [abs(x - y) for x, y in zip(*losses, strict=True)]
+    bench.log({"cell": "launchers", "losses": losses[0], "furthest": max(apart)})
+
+
+def by_torchrun(bench: Bench, words: Sequence[str]) -> list[str]:
+    """A module of Python on all processes."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={bench.gpus}"]
+    return [sys.executable, *torchrun, *words]
 
 
 def run_to_end(bench: Bench, command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
@@ -64,7 +89,7 @@ def run_to_end(bench: Bench, command: Sequence[str]) -> subprocess.CompletedProc
             env=environment(bench),
             capture_output=True,
             text=True,
-            timeout=bench.limit(100),
+            timeout=bench.limit(CELL_SECONDS),
         )
     except subprocess.TimeoutExpired:
         return None
@@ -95,7 +120,7 @@ def kill_one(bench: Bench, command: Sequence[str], run: str) -> dict[str, Any]:
         command, env=environment(bench), stdout=subprocess.DEVNULL, stderr=log, text=True
     )
     metrics = bench.folder / "runs" / run / "metrics.jsonl"
-    until = time.monotonic() + bench.limit(120)
+    until = time.monotonic() + bench.limit(CELL_SECONDS)
     while (
         process.poll() is None
         and len(read_lines(metrics)) < KILLED_AFTER

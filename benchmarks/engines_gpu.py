@@ -4,9 +4,11 @@
 
 Losses, kill, resume and merge are those of `vltrain` itself, at real width with 8 decoder and 8
 ViT layers (2 and 2 where full training is killed) and a vocabulary of bytes; speed is measured at
-the real size, with random weights made on the GPU. `--methods` are those of losses and apart. One
-JSON object a cell is printed and written as soon as it is known; a cell that fails or takes too
-long is one with `error`, and the others go on. `--tiny` runs all of it on CPUs.
+the real size, with random weights made on the GPU. Each cell has processes of its own. `--methods`
+are those of losses and apart, `--engines` those of all parts but launchers and kill: a part whose
+cells do not fit into `--minutes` is run in pieces. One JSON object a cell is printed and written as
+soon as it is known; a cell that fails or takes too long is one with `error`, and the others go on.
+`--tiny` runs all of it on CPUs.
 """
 
 import argparse
@@ -20,10 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_bench import ENGINES, Bench, group, recipe, write_base
-from engine_kills import CELLS, kill
+from engine_bench import CELL_SECONDS, ENGINES, Bench, recipe, run_cell, write_bases
+from engine_kills import CELLS, kill, launchers
 
-PARTS = ("losses", "apart", "kill", "speed", "full-speed")
+PARTS = ("losses", "apart", "launchers", "kill", "speed", "full-speed")
+SPEED_SECONDS = 240  # that a cell of the real size may take, the start included
 
 
 def differences(cell: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, Any]:
@@ -34,59 +37,54 @@ def differences(cell: dict[str, Any], alone: dict[str, Any] | None) -> dict[str,
     return cell | {"furthest_from_one_gpu": max(abs(x - y) for x, y in pairs)}
 
 
-def losses(bench: Bench, methods: Sequence[str]) -> None:
+def losses(bench: Bench, methods: Sequence[str], engines: Sequence[str]) -> None:
     """Each method under each engine on several GPUs, against one GPU and the same batches."""
-    alone, together, references = {}, {}, {}
     for method in methods:
-        file = recipe(bench, f"{method}-one", method, {}, gradient_accumulation_steps=4)
-        alone[f"{method}-one"] = str(file)
-    for cell in group(bench, "train", 1, alone, 120):
-        references[cell["cell"].split("-")[0]] = cell
-        bench.log(cell)
-    for engine, keys in ENGINES.items():
-        for method in methods:
-            name = f"{method}-{engine}"
-            share = 4 // bench.gpus
+        name, share = f"{method}-one", 4 // bench.gpus
+        file = recipe(bench, name, method, {}, gradient_accumulation_steps=4)
+        alone = run_cell(bench, "train", 1, name, str(file), CELL_SECONDS)
+        bench.log(alone)
+        for engine in engines:
+            name, keys = f"{method}-{engine}", ENGINES[engine]
             file = recipe(bench, name, method, keys, gradient_accumulation_steps=share)
-            together[name] = str(file)
-    for cell in group(bench, "train", bench.gpus, together, 120):
-        bench.log(differences(cell, references.get(cell["cell"].split("-")[0])))
+            cell = run_cell(bench, "train", bench.gpus, name, str(file), CELL_SECONDS)
+            bench.log(differences(cell, alone))
 
 
-def apart(bench: Bench, methods: Sequence[str]) -> None:
+def apart(bench: Bench, methods: Sequence[str], engines: Sequence[str]) -> None:
     """Fifty steps in which a process often has text alone, and six in which one always has."""
-    cells = {}
-    for engine in ("zero3", "fsdp2", "ddp"):
-        if "full" in methods:
-            name = f"full-{engine}-shares"
-            steps = {"max_steps": 50, "gradient_accumulation_steps": 1}
-            cells[name] = str(recipe(bench, name, "full", ENGINES[engine], **steps))
-        if "lora" in methods:
-            name = f"lora-{engine}-apart"
-            steps = {"train_sampling_strategy": "sequential", "data": "ordered.json"}
-            steps |= {"gradient_accumulation_steps": 1}
-            cells[name] = str(recipe(bench, name, "lora", ENGINES[engine], **steps))
-    for cell in group(bench, "train", bench.gpus, cells, 120):
-        if "losses" in cell:
-            cell["losses"] = [cell["losses"][0], cell["losses"][-1]]
-        bench.log(cell)
+    kinds = {
+        "full": ("shares", {"max_steps": 50}),
+        "lora": ("apart", {"train_sampling_strategy": "sequential", "data": "ordered.json"}),
+    }
+    for engine in engines:
+        for method in methods:
+            kind, steps = kinds[method]
+            name = f"{method}-{engine}-{kind}"
+            steps = {**steps, "gradient_accumulation_steps": 1}
+            file = recipe(bench, name, method, ENGINES[engine], **steps)
+            cell = run_cell(bench, "train", bench.gpus, name, str(file), CELL_SECONDS)
+            if "losses" in cell:
+                cell["steps"] = len(cell["losses"])
+                cell["losses"] = [cell["losses"][0], cell["losses"][-1]]
+            bench.log(cell)
 
 
-def speed(bench: Bench, method: str = "lora", engines: Sequence[str] = tuple(ENGINES)) -> None:
-    """Tokens a second and memory at the real size, each engine in processes of its own."""
+def speed(bench: Bench, method: str, engines: Sequence[str]) -> None:
+    """Tokens a second, utilisation and memory at the real size; LoRA beside one GPU's."""
     wanted = {"method": method, "tokens": 2048, "accumulation": 8, "steps": 3, "toy": bench.tiny}
     if bench.tiny:
         wanted |= {"tokens": 300, "accumulation": 2, "steps": 1}
     plan = [("none", 1)] if method == "lora" else []
     alone = None
     for engine, processes in [*plan, *((name, bench.gpus) for name in engines)]:
-        cell = {f"speed-{method}-{engine}": json.dumps(wanted | {"engine": engine})}
-        for done in group(bench, "speed", processes, cell, 110):
-            if "error" not in done and processes == 1:
-                alone = done["tokens_per_second_and_gpu"]
-            elif "error" not in done and alone:
-                done["efficiency"] = done["tokens_per_second_and_gpu"] / alone
-            bench.log(done)
+        name, what = f"speed-{method}-{engine}", json.dumps(wanted | {"engine": engine})
+        done = run_cell(bench, "speed", processes, name, what, SPEED_SECONDS)
+        if "error" not in done and processes == 1:
+            alone = done["tokens_per_second_and_gpu"]
+        elif "error" not in done and alone:
+            done["efficiency"] = done["tokens_per_second_and_gpu"] / alone
+        bench.log(done)
 
 
 def versions(gpus: int) -> dict[str, Any]:
@@ -114,6 +112,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.7)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--methods", nargs="+", default=["lora", "full"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--kills", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--folder", type=Path, help="for models and runs: 60 GB that are fast")
     parser.add_argument("--tiny", action="store_true", help="a toy model on CPUs")
@@ -122,13 +121,17 @@ def main() -> None:
     deadline = time.monotonic() + options.minutes * 60
     bench = Bench(folder, options.results.resolve(), options.tiny, options.gpus, deadline)
     bench.log(versions(bench.gpus))
-    write_base(bench)
+    if not {*options.parts} <= {"speed", "full-speed"}:
+        write_bases(bench)
+    methods, engines = options.methods, options.engines
+    shared = [name for name in engines if name in ("zero3", "fsdp2")]
     parts = {
-        "losses": lambda: losses(bench, options.methods),
-        "apart": lambda: apart(bench, options.methods),
+        "losses": lambda: losses(bench, methods, engines),
+        "apart": lambda: apart(bench, methods, [*shared, *({"ddp"} & {*engines})]),
+        "launchers": lambda: launchers(bench),
         "kill": lambda: kill(bench, options.kills),
-        "speed": lambda: speed(bench),
-        "full-speed": lambda: speed(bench, "full", ("zero3", "fsdp2")),
+        "speed": lambda: speed(bench, "lora", engines),
+        "full-speed": lambda: speed(bench, "full", shared),
     }
     for name in options.parts:
         started = time.monotonic()
