@@ -139,7 +139,7 @@ def memory_of(
         gpu_bytes: of each GPU; None where no size is known.
     """
     counted = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
-    work = work_of(recipe, arguments, engine, processes, counted.held)
+    work = work_of(recipe, arguments, engine, processes, counted.held, halves)
     features = features_of(recipe, base.config, counted.stage, engine, arguments, halves)
     run = RunMemory(
         counted.census,

@@ -74,12 +74,14 @@ def work_of(
     engine: Engine,
     processes: int,
     held: HeldWeights | None = None,
+    halves: Halves | None = None,
 ) -> Work:
     """What of a recipe decides about memory, beside model and batch.
 
     Args:
         processes: that share the model out.
         held: how a full run holds what it learns.
+        halves: the run's data; None where it is not known.
     """
     checkpointing = getattr(arguments, "activation_checkpointing", None)
     if checkpointing is None:  # its name before transformers 5.23
@@ -98,8 +100,21 @@ def work_of(
         optimizer = Optimizer("adamw_8bit", residual=held == "residual")
     if recipe.method == "lora" and recipe.lora.weights == "bf16":
         optimizer = Optimizer("adamw_torch_fused", masters=True)
-    accumulates = arguments.gradient_accumulation_steps > 1 or recipe.batch.samples is not None
-    return Work(compute, optimizer, accumulates, sharing_of(engine, processes))
+    several = has_several_batches(recipe, arguments, halves)
+    return Work(compute, optimizer, several, sharing_of(engine, processes))
+
+
+def has_several_batches(
+    recipe: Recipe, arguments: TrainingArguments, halves: Halves | None
+) -> bool:
+    """Whether gradients are there from earlier batches of a step, as far as is known."""
+    samples, data = recipe.batch.samples, recipe.data
+    if samples is None:
+        return arguments.gradient_accumulation_steps > 1
+    if halves is not None and isinstance(halves.rows, StepRows):
+        return longest_step(halves.train.lengths, halves.rows) > halves.rows.row_tokens
+    budget = Packer(data, samples, processes=1, seed=0).row_tokens
+    return samples * data.max_length > budget
 
 
 def fit_layers(run: RunMemory, gpu_bytes: int) -> RunMemory:
@@ -190,8 +205,12 @@ def largest_batch_of(
 
 def most_of_a_row(lengths: Sequence[int], rows: StepRows) -> int:
     """Tokens that a row of a step may hold: the budget, or the longest samples of a step."""
-    longest = np.sort(np.asarray(lengths))[-rows.step_samples :]
-    return min(rows.row_tokens, int(longest.sum()))
+    return min(rows.row_tokens, longest_step(lengths, rows))
+
+
+def longest_step(lengths: Sequence[int], rows: StepRows) -> int:
+    """Tokens of a step that has the longest samples."""
+    return int(np.sort(np.asarray(lengths))[-rows.step_samples :].sum())
 
 
 def padded_batch(

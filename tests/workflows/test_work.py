@@ -1,0 +1,59 @@
+"""What of a recipe, beside model and batch, decides how much memory a run takes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from vltrain.config import Recipe, load_recipe
+from vltrain.data.step_rows import StepRows
+from vltrain.training.arguments import training_arguments
+from vltrain.training.engines import NO_ENGINE
+from vltrain.workflows.memory import work_of
+from vltrain.workflows.run_data import Halves
+
+IN_STEPS = ("data.packing=true", "batch.samples=4", "data.row_tokens=100", "data.max_length=50")
+
+
+def recipe(*overrides: str, method: str = "lora") -> Recipe:
+    return load_recipe(
+        None,
+        method=method,
+        model="base",
+        data=[Path("a.json")],
+        output=Path("out"),
+        overrides=overrides,
+    )
+
+
+def accumulates(recipe: Recipe, halves: Halves | None = None) -> bool:
+    return work_of(recipe, training_arguments(recipe), NO_ENGINE, 1, halves=halves).accumulates
+
+
+class Lengths:
+    """Samples of which nothing but their lengths is asked."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = np.array(lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def packed(*lengths: int) -> Halves:
+    samples = Lengths(*lengths)
+    return Halves(samples, None, rows=StepRows(samples, step_samples=4, row_tokens=100))
+
+
+def test_a_batch_that_is_a_whole_step_finds_no_gradients():
+    assert not accumulates(recipe("trainer.gradient_accumulation_steps=1"))
+    assert accumulates(recipe("trainer.gradient_accumulation_steps=2"))
+
+
+def test_a_step_accumulates_where_its_longest_samples_do_not_fit_one_row():
+    assert not accumulates(recipe(*IN_STEPS), packed(25, 20, 25, 25, 25, 10))
+    assert accumulates(recipe(*IN_STEPS), packed(25, 26, 25, 25, 25, 10))
+
+
+def test_without_data_the_samples_of_a_step_are_as_long_as_they_may_be():
+    assert accumulates(recipe(*IN_STEPS))
+    assert not accumulates(recipe(*IN_STEPS, "data.max_length=25"))
