@@ -3,16 +3,24 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 
+import vltrain.models.attention
 from vltrain.config import FreezeConfig
 from vltrain.models.adapters import Adapter, add_lora, set_learned, widen_learned
+from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.census import take_census
+from vltrain.models.layer_runs import LayerRuns, arrange_layers
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+from vltrain.models.qwen_vl.modeling import DecoderLayer
+from vltrain.models.qwen_vl.positions import rotary_tables
 from vltrain.models.sizes import (
     AdapterSizes,
     Census,
@@ -70,7 +78,28 @@ def test_adapters_keep_what_they_read_its_mask_and_their_bottleneck():
 def test_packed_attention_copies_the_values_and_keeps_no_more_of_the_projection():
     packed = replace(HALF, attention="packed")
 
-    assert decoder_layer(SIZES, RESTING, BATCH, packed).kept == 10 * (272 - 2 * 2 * 8)
+    for arranged in (packed, replace(packed, compiled=True)):
+        whole = decoder_layer(SIZES, RESTING, BATCH, replace(arranged, attention="sdpa")).kept
+        assert decoder_layer(SIZES, RESTING, BATCH, arranged).kept == whole - 10 * 2 * 2 * 8
+
+
+def test_a_compiled_layer_keeps_its_input_and_what_matrix_products_read_and_make():
+    compiled = replace(HALF, compiled=True)
+
+    # Input and what attention adds 2 x 2 x 8, norms 8, attention 6 x 2 x 8 and 4 x 2 heads, MLP
+    # 2 x 2 x 16: 208 a token.
+    assert decoder_layer(SIZES, RESTING, BATCH, compiled).kept == 10 * (32 + 8 + 104 + 64)
+    # The input is float32 where embeddings learn; linear layers read 2 x 2 x 8 and 2 x 16.
+    learning = decoder_layer(SIZES, LEARNING, BATCH, compiled).kept
+    assert learning == 10 * (16 + 32 + 8 + 104 + 64 + 32 + 32)
+
+
+def test_adapters_of_compiled_layers_keep_what_others_keep():
+    adapters = AdapterSizes(inputs=2 * 32, ranks=2 * 12, outputs=2 * 64, dropout=True)
+    census = Census(RESTING.places, adapters)
+    compiled = replace(HALF, compiled=True)
+
+    assert decoder_layer(SIZES, census, BATCH, compiled).kept == 10 * (208 + 96 + 24)
 
 
 def test_spelled_out_attention_keeps_two_squares_for_each_head():
@@ -201,14 +230,41 @@ def small_config(*, decoder_layers: int = 1, vision_layers: int = 1) -> QwenVLCo
     return config
 
 
-@pytest.mark.parametrize(("method", "half"), [("full", True), ("full", False), ("lora", True)])
-def test_a_decoder_layer_keeps_what_the_formula_says(method, half):
+@pytest.fixture
+def packed_rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a batch of one packed row has beside its ids, where torch's variable-length attention
+    is called on a CPU, which has no kernel of it: values are not computed, but kept."""
+
+    def attend(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        lse = query.new_zeros(query.size(1), query.size(0), dtype=torch.float32)
+        return torch.zeros_like(query), lse, torch.zeros(2, dtype=torch.uint64)
+
+    varlen._varlen_attn.register_kernel("cpu")(attend)
+    monkeypatch.setattr(vltrain.models.attention, "kernel_serves", lambda *_: True)
+    boundaries = torch.tensor([0, 40, 64], dtype=torch.int32)
+    return {"cu_seq_lens_q": boundaries, "max_length_q": 40}
+
+
+@pytest.mark.parametrize(
+    ("method", "half", "packed"),
+    [
+        ("full", True, False),
+        ("full", False, False),
+        ("lora", True, False),
+        ("lora", True, True),
+        ("full", True, True),
+    ],
+)
+def test_a_decoder_layer_keeps_what_the_formula_says(method, half, packed, packed_rows):
     tokens, measured = 64, []
+    rows = packed_rows if packed else {}
     ids = torch.arange(tokens)[None]
     for layers in (2, 3):
         config = small_config(decoder_layers=layers)
         model = QwenVLForConditionalGeneration(config)
         model = model.bfloat16() if half else model
+        if packed:
+            attend_packed(model)
         if method == "full":
             model = set_learned(model, QWEN_VL, FreezeConfig())
             widen_learned(model)
@@ -218,17 +274,53 @@ def test_a_decoder_layer_keeps_what_the_formula_says(method, half):
             model.enable_input_require_grads()
         model.config.use_cache = False
         model.train()
-        loss = lambda model=model: model(input_ids=ids, labels=ids).loss  # noqa: E731
+        loss = lambda model=model: model(input_ids=ids, labels=ids, **rows).loss  # noqa: E731
         measured.append(saved_bytes(model, loss, half=half))
     census = take_census(model, QWEN_VL)
-    compute = Compute(2 if half else 4, checkpointing=False)
+    attention = "packed" if packed else "sdpa"
+    compute = Compute(2 if half else 4, attention, checkpointing=False)
     batch = BatchSizes(1, tokens, tokens, 0)
 
     expected = decoder_layer(config.model_sizes(), census, batch, compute).kept
     if half:  # and autocast's copies of the layer's weights
         learned = census.at("layers" if method == "full" else "adapter").learned_matrices
         expected += 2 * learned // 3
+    if packed:
+        expected += 16  # the kernel's random state
     assert measured[1] - measured[0] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "projector"])
+def test_a_compiled_decoder_layer_keeps_what_the_formula_says(method, packed_rows):
+    """The compiler's own choice of what to keep, without the code that it would write."""
+    config = small_config()
+    model = QwenVLForConditionalGeneration(config).bfloat16()
+    attend_packed(model)
+    if method == "lora":
+        model = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(r=8), seed=0)
+    else:
+        freeze = FreezeConfig(language=method == "projector", projector=False)
+        widen_learned(set_learned(model, QWEN_VL, freeze))
+    model.train()
+    arrange_layers(model, LayerRuns(compiled=True, backend="aot_eager_decomp_partition"))
+    layer = next(part for part in model.modules() if isinstance(part, DecoderLayer))
+    census, measured = take_census(model, QWEN_VL), []
+    for tokens in (64, 128):
+        wide = residual_bytes(census) == 4
+        states = torch.randn(1, tokens, 256, dtype=torch.float32 if wide else torch.bfloat16)
+        states.requires_grad_()
+        rotary = rotary_tables(torch.arange(tokens)[None], torch.ones(1), config)
+        mask = torch.empty(0, dtype=torch.bool)
+        forward = partial(layer, states, mask, rotary, None, **packed_rows)
+        measured.append(saved_bytes(model, forward, half=True))
+
+    compute = Compute(2, "packed", checkpointing=False, compiled=True)
+    sizes = config.model_sizes()
+    expected = decoder_layer(sizes, census, BatchSizes(1, 64, 64, 0), compute).kept
+    kept = measured[1] - measured[0] - 64 * 2 * 4 * 64  # rotary tables, the same in all layers
+    masks = 64 * census.adapters.inputs  # of which the compiler computes some again
+    assert expected - masks <= kept <= expected
 
 
 def test_tower_and_projector_keep_what_the_formulas_say():

@@ -107,6 +107,20 @@ def test_copies_stay_where_layers_are_not_recomputed():
     assert moment(FULL, bare, "the loss, backward").copies == 2 * (1280 + 800)
 
 
+def test_copies_of_recomputed_layers_are_made_anew():
+    every_second = replace(WORK, compute=replace(WORK.compute, recompute_every=2))
+
+    # Of two layers one; autocast lets go of the other's copies at the end of the forward.
+    assert moment(FULL, every_second, "the loss, backward").copies == 2 * (640 + 800)
+    assert moment(FULL, every_second, "the loss").copies == 2 * (1280 + 800)
+
+
+def test_compiled_layers_make_copies_that_autocast_does_not_hold_on_to():
+    compiled = replace(WORK, compute=replace(WORK.compute, compiled=True))
+
+    assert moment(FULL, compiled, "the loss").copies == 2 * 800  # the head's
+
+
 def test_in_float32_nothing_is_copied():
     whole = replace(WORK, compute=Compute(4))
 

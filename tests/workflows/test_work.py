@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from vltrain.config import Recipe, load_recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.training.arguments import training_arguments
-from vltrain.training.engines import NO_ENGINE
+from vltrain.training.engines import NO_ENGINE, Engine
+from vltrain.workflows import prepare
 from vltrain.workflows.memory import work_of
 from vltrain.workflows.run_data import Halves
 
@@ -57,3 +59,35 @@ def test_a_step_accumulates_where_its_longest_samples_do_not_fit_one_row():
 def test_without_data_the_samples_of_a_step_are_as_long_as_they_may_be():
     assert accumulates(recipe(*IN_STEPS))
     assert not accumulates(recipe(*IN_STEPS, "data.max_length=25"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "compiled"),
+    [
+        ((), "lora", False),
+        (("memory=fast",), "lora", False),
+        (("compile=true",), "lora", True),
+        (("compile=auto",), "lora", True),  # the estimate is of a run on a GPU
+        (("compile=auto",), "full", True),
+        (("compile=auto",), "qlora", False),
+        (("compile=true",), "qlora", False),
+        (("compile=true", "memory=0.5"), "lora", True),
+    ],
+    ids=str,
+)
+def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
+    monkeypatch, settings: tuple[str, ...], method: str, compiled: bool
+):
+    monkeypatch.setattr(prepare, "has_compiler", lambda: True)
+    arranged = recipe(*settings, method=method)
+
+    work = work_of(arranged, training_arguments(arranged), NO_ENGINE, 1)
+
+    assert work.compute.compiled is compiled
+
+
+def test_layers_whose_weights_are_shared_out_count_as_not_compiled():
+    zero3 = Engine("deepspeed", "asked for", {"zero_optimization": {"stage": 3}})
+    arranged = recipe("compile=auto")
+
+    assert not work_of(arranged, training_arguments(arranged), zero3, 2).compute.compiled

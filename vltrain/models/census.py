@@ -61,7 +61,7 @@ def _adapter_sizes(model: nn.Module) -> AdapterSizes:
         ranks=sum(sum(module.r.values()) for module in adapted),
         outputs=sum(module.out_features for module in adapted),
         dropout=any(
-            isinstance(dropout, nn.Dropout)
+            not isinstance(dropout, nn.Identity)  # which peft has in its place
             for module in adapted
             for dropout in module.lora_dropout.values()
         ),

@@ -43,14 +43,11 @@ class Compute:
     recompute_every: int = 1  # with checkpointing, each so-many-th layer is recomputed
 
     kept_share: float = 1.0  # of a layer that is not recomputed whole; the rest is, within it
+    compiled: bool = False  # the decoder's layers
 
     def recomputed(self, layers: int) -> int:
         """How many of so many layers keep nothing but their input."""
         return -(-layers // self.recompute_every) if self.checkpointing else 0
-
-    @property
-    def recomputes_all(self) -> bool:
-        return self.checkpointing and self.recompute_every == 1
 
 
 @dataclass(frozen=True)
@@ -74,29 +71,13 @@ def decoder_layer(
 ) -> LayerBytes:
     """A layer's activations where it is not recomputed, or while it is.
 
-    Kept for each token:
-
-    - two norms: the hidden states in float32 (4D each) and the root's inverse; where the norm
-      learns, what it scales too;
-    - attention: rotated queries and keys (2cA), the projection whose view the values are (3cA),
-      the output (cA), a float32 for each head; packed rows copy the values alone (cA);
-    - the MLP: both halves and the gated one (3cM);
-    - where linear layers learn: what each reads (2cD and cM; the attention's output is there, and
-      autocast narrows what both halves of the MLP read once for each);
-    - each adapter: what it reads after dropout (c), dropout's mask (1), and its bottleneck (c).
-
     On the way back, while the MLP's halves get theirs, there are three gradients as wide as the
-    MLP, and around the residual connection the input's and the norm's in float32.
+    MLP, and around the residual connection the input's and the norm's in float32. A compiled layer
+    is taken to hold as much of them.
     """
     d, c = sizes.decoder, compute.bytes
-    learns = census.at("layers").learned > 0
-    values = 1 if compute.attention == "packed" else 3
-    token = 2 * FLOAT * (d.width + 1) + (3 + values) * c * d.attention_width + FLOAT * d.heads
-    token += 3 * c * d.mlp_width
-    if learns:
-        reads = 3 if c < FLOAT else 2
-        token += 2 * FLOAT * d.width + reads * c * d.width + c * d.mlp_width
-    token += _adapters(census.adapters, c) // d.layers
+    keep = _compiled_keeps if compute.compiled else _plain_keeps
+    token = keep(sizes, census, compute) + _adapters_keep(census.adapters, c) // d.layers
     pairs = batch.rows * batch.row_tokens**2
     if compute.attention == "eager":
         square = pairs * d.heads * (FLOAT + c)
@@ -108,10 +89,63 @@ def decoder_layer(
     return LayerBytes(batch.tokens * token + square, batch.tokens * working)
 
 
-def _adapters(adapters: AdapterSizes, c: int) -> int:
-    """Bytes that all adapters keep for a token."""
-    mask = 1 if adapters.dropout else 0
-    return (c + mask) * adapters.inputs + c * adapters.ranks
+def _plain_keeps(sizes: ModelSizes, census: Census, compute: Compute) -> int:
+    """Bytes that a layer keeps for a token, its adapters' left out, operation by operation.
+
+    - two norms: the hidden states in float32 (4D each) and the root's inverse; where the norm
+      learns, what it scales too;
+    - attention: rotated queries and keys (2cA), the projection whose view the values are (3cA),
+      the output (cA), a float32 for each head; packed rows copy the values alone (cA);
+    - the MLP: both halves and the gated one (3cM);
+    - where linear layers learn: what each reads (2cD and cM; the attention's output is there, and
+      autocast narrows what both halves of the MLP read once for each).
+    """
+    d, c = sizes.decoder, compute.bytes
+    token = 2 * FLOAT * (d.width + 1) + _attention_keeps(sizes, compute) + 3 * c * d.mlp_width
+    if census.at("layers").learned:
+        reads = 3 if c < FLOAT else 2
+        token += 2 * FLOAT * d.width + reads * c * d.width + c * d.mlp_width
+    return token
+
+
+def _compiled_keeps(sizes: ModelSizes, census: Census, compute: Compute) -> int:
+    """The same of a layer that is compiled: what matrix products read, and what they have made.
+
+    All between two of them is one kernel, which its way back does again from what it has read.
+    So of the above is left:
+
+    - the layer's input as it comes (eD) and what attention adds to it (cD), the inverse of both
+      norms' roots; not the hidden states in float32, nor what norms scale;
+    - attention as it is;
+    - both halves of the MLP (2cM), not the gated one;
+    - where linear layers learn: what they read, once where two read the same (2cD and cM).
+    """
+    d, c = sizes.decoder, compute.bytes
+    token = (residual_bytes(census) + c) * d.width + 2 * FLOAT
+    token += _attention_keeps(sizes, compute) + 2 * c * d.mlp_width
+    if census.at("layers").learned:
+        token += 2 * c * d.width + c * d.mlp_width
+    return token
+
+
+def _attention_keeps(sizes: ModelSizes, compute: Compute) -> int:
+    d = sizes.decoder
+    values = 1 if compute.attention == "packed" else 3
+    return (3 + values) * compute.bytes * d.attention_width + FLOAT * d.heads
+
+
+def _adapters_keep(adapters: AdapterSizes, c: int) -> int:
+    """Bytes that all adapters keep for a token: what is dropped out of, and the bottleneck (c)."""
+    return _dropped_out(adapters, c) + c * adapters.ranks
+
+
+def _dropped_out(adapters: AdapterSizes, c: int) -> int:
+    """What each adapter reads after dropout (c), and dropout's mask (1).
+
+    Compiled layers may keep less: some of the masks are computed again (of LoRA's four in a layer
+    one); and without dropout, of what several adapters read, there is one copy.
+    """
+    return (c + (1 if adapters.dropout else 0)) * adapters.inputs
 
 
 def _needs_mask(batch: BatchSizes, attention: Attention) -> bool:

@@ -152,15 +152,21 @@ class Step:
                 copies += there.learned_matrices * width
         return copies
 
+    def _layer_copies(self, layers: int, *places: Place) -> int:
+        """Those of as many layers that are there until the way back has used them: what is
+        recomputed makes its own anew."""
+        kept = layers - self.work.compute.recomputed(layers)
+        return self._copies(*places) * kept // layers
+
+    @cached_property
+    def _decoder_copies(self) -> int:
+        return self._layer_copies(self.sizes.decoder.layers, "layers", "adapter")
+
     @cached_property
     def _kept_copies(self) -> int:
-        """Those copies that are there until the way back has used them.
-
-        The head's; the others' too where layers are not recomputed, which makes copies anew.
-        """
-        if self.work.compute.recomputes_all:
-            return self._copies("head")
-        return self._copies("head", "layers", "adapter", "vision")
+        """All copies that are there until the way back has used them."""
+        vision = self._layer_copies(self.sizes.tower.layers, "vision")
+        return self._copies("head") + self._decoder_copies + vision
 
     def _features(self) -> tuple[Moment, ...]:
         """Before the first step nothing has a gradient; the optimizer has no state either."""
@@ -184,15 +190,20 @@ class Step:
         )
 
     def _loss(self) -> Moment:
-        """The end of the forward; embeddings are looked up as they are, without a copy."""
+        """The end of the forward, up to which autocast holds on to all copies.
+
+        Embeddings are looked up as they are, without a copy. What is compiled makes its own and
+        keeps those alone that its way back uses.
+        """
         places = [place for place in self.computed.places if place != "embeddings"]
+        compiled = self.work.compute.compiled
         return Moment(
             "the loss",
             self._gradients_before,
             activations=self._kept,
             logits=logits_forward(self.sizes, self.batch, self.work.compute),
             vision=self._seen,
-            copies=self._copies(*places) + self._gathered,
+            copies=(self._kept_copies if compiled else self._copies(*places)) + self._gathered,
         )
 
     def _loss_backward(self) -> Moment:
@@ -236,9 +247,8 @@ class Step:
         here = layer.working + round(layer.kept * anew)
         largest = d.width * max(3 * d.attention_width, d.mlp_width)
         rest = self._fresh_gradient("layers", largest) + self._gathered
-        all_layers = self._copies("layers", "adapter")
-        one_layer = all_layers // d.layers
-        last = rest + (one_layer if compute.recomputes_all else all_layers)
+        one_layer = self._copies("layers", "adapter") // d.layers
+        last = rest + max(one_layer, self._decoder_copies)
         to_come = self._gradients_at("embeddings", "vision", "projector")
         to_come += self._gradients_at("layers", "adapter") // d.layers
         return (

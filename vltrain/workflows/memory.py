@@ -76,7 +76,9 @@ def work_of(
     held: HeldWeights | None = None,
     halves: Halves | None = None,
 ) -> Work:
-    """What of a recipe decides about memory, beside model and batch.
+    """What of a recipe decides about memory, beside model and batch, on a GPU.
+
+    Layers of 4 bits count as not compiled: what theirs keep is not known, and it is no more.
 
     Args:
         processes: that share the model out.
@@ -86,7 +88,7 @@ def work_of(
     checkpointing = getattr(arguments, "activation_checkpointing", None)
     if checkpointing is None:  # its name before transformers 5.23
         checkpointing = arguments.gradient_checkpointing
-    layers = layer_runs_of(recipe, engine)
+    layers = layer_runs_of(recipe, engine, on_gpu=True)
     if layers is not None:
         checkpointing = layers.recompute_every > 0
     compute = Compute(
@@ -94,6 +96,7 @@ def work_of(
         attention="packed" if recipe.data.packing else "sdpa",
         checkpointing=checkpointing,
         kept_share=1.0 if layers is None else layers.kept,
+        compiled=layers is not None and layers.compiled and recipe.method != "qlora",
     )
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
     if held in HELD:
@@ -119,8 +122,6 @@ def has_several_batches(
 
 def fit_layers(run: RunMemory, gpu_bytes: int) -> RunMemory:
     """The run with as few layers recomputed as its GPU's memory asks for.
-
-    A layer that is compiled counts as one that is not, which keeps more.
 
     Args:
         gpu_bytes: the memory of the GPU, whole.

@@ -83,10 +83,15 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
         )
 
 
-def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
+def layer_runs_of(
+    recipe: Recipe, engine: Engine, *, on_gpu: bool | None = None
+) -> LayerRuns | None:
     """How a run's layers are run; None: as transformers does by the `trainer:` section.
 
     With `memory: auto` the memory of a GPU has yet to say which of them are recomputed.
+
+    Args:
+        on_gpu: whether the run is on a GPU; None: where this machine has one.
 
     Raises:
         VltrainError: the recipe wants them compiled, and they cannot be.
@@ -95,8 +100,9 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
         return None
     compiled = recipe.compile
     if compiled == "auto":
-        on_gpu = torch.cuda.is_available() and recipe.method != "qlora"
-        compiled = on_gpu and not engine.shards_weights and has_compiler()
+        there = torch.cuda.is_available() if on_gpu is None else on_gpu
+        fit = recipe.method != "qlora" and not engine.shards_weights
+        compiled = there and fit and has_compiler()
     elif compiled:
         refuse_uncompilable(engine)
     if isinstance(recipe.memory, float):
