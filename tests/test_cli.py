@@ -1,5 +1,6 @@
 """What the user types: help, version, exit codes, and which words reach which workflow."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,14 +238,14 @@ def test_chat_gets_model_input_and_output(called: list[tuple]):
     ]
 
 
-def test_quantize_gets_model_data_and_device(called: list[tuple]):
-    words = ("--data", "a.json", "--data", "b.jsonl", "--samples", "64", "--device", "cuda:1")
+def test_quantize_gets_model_and_data(called: list[tuple]):
+    words = ("--data", "a.json", "--data", "b.jsonl", "--samples", "64")
 
     assert type_in("quantize", "org/name", "out", *words, "--image-root", "pics") == 0
     data = Calibration(
         (Path("a.json"), Path("b.jsonl")), samples=64, pictures=Pictures(Path("pics"))
     )
-    assert called == [("quantize", ("org/name", Path("out"), data), {"device": "cuda:1"})]
+    assert called == [("quantize", ("org/name", Path("out"), data), {})]
 
 
 def test_pictures_are_downloaded_only_if_a_word_says_so(called: list[tuple]):
@@ -372,21 +373,37 @@ def test_profile_without_words_measures_the_lengths_of_the_original(called: list
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("device", "message"),
     [
-        (("--lengths", "a,b"), "is no list of numbers"),
-        (("--device", "tpu"), "is no device"),
-        (("--device", "cuda:x"), "is no device"),
-        (("--device", "cuda:99"), "this machine has no such GPU"),
+        ("tpu", "is no device"),
+        ("cuda:x", "is no device"),
+        ("cuda:99", "this machine has no such GPU"),
     ],
 )
-def test_profile_refuses_what_is_no_length_and_no_device(
-    called: list[tuple], monkeypatch: pytest.MonkeyPatch, words, message
+@pytest.mark.parametrize(
+    "words", [("profile",), ("quantize", "org/name", "out", "--data", "a.json")], ids=lambda w: w[0]
+)
+def test_a_device_that_is_not_there_is_refused(
+    called: list[tuple], monkeypatch: pytest.MonkeyPatch, words, device, message
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
-    with pytest.raises(VltrainError, match=message):
-        type_in("profile", *words)
+    with pytest.raises(VltrainError, match=f"--device {device}: {message}"):
+        type_in(*words, "--device", device)
+    assert called == []
+
+
+def test_on_the_cpu_no_gpu_is_seen(called: list[tuple], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    type_in("quantize", "org/name", "out", "--data", "a.json", "--device", "cpu")
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_profile_refuses_what_is_no_length(called: list[tuple]):
+    with pytest.raises(VltrainError, match="is no list of numbers"):
+        type_in("profile", "--lengths", "a,b")
     assert called == []
 
 

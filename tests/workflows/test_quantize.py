@@ -213,12 +213,6 @@ def test_too_few_conversations_are_refused(place, tmp_path):
 
 
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("device", ["cuda:7", "abacus"])
-def test_a_device_that_is_not_there_is_refused(place, tmp_path, device):
-    with pytest.raises(VltrainError, match=f"--device {device}: cannot be computed on"):
-        quantize(str(place / "base"), tmp_path / "out", calibration(place), device=device)
-
-
 def test_a_weight_that_is_not_finite_leaves_no_folder(place, tmp_path):
     write_qwen_vl(tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")

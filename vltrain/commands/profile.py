@@ -1,11 +1,11 @@
 """`vltrain profile`: measured seconds, memory and utilisation of training steps."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from vltrain.commands.device import Device, choose_device
 from vltrain.commands.options import Overrides, RecipePath
 from vltrain.errors import VltrainError
 
@@ -36,10 +36,7 @@ def profile(
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Measured for each length, after warming up.")
     ] = 5,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, cuda or cuda:N. Default: the first GPU, else the CPU."),
-    ] = None,
+    device: Device = None,
     overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="A file for the figures as JSON.")
@@ -51,7 +48,7 @@ def profile(
     and the share of the time that data is waited for, of real training steps on made-up samples.
     A length that does not fit says so, and the others go on.
     """
-    _choose(device)
+    choose_device(device)
     from vltrain.workflows.profile import profile_steps
 
     profile_steps(
@@ -73,33 +70,3 @@ def _numbers(text: str) -> list[int]:
         raise VltrainError.at(
             f"--lengths {text}", what="is no list of numbers", fix="write --lengths 384,2048"
         ) from None
-
-
-def _choose(device: str | None) -> None:
-    """Let torch, which has yet to be imported, see one device alone.
-
-    Raises:
-        VltrainError: there is no such device.
-    """
-    if device is None:
-        return
-    kind, colon, number = device.partition(":")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        return
-    if kind != "cuda" or (colon and not number.isdecimal()):
-        raise VltrainError.at(
-            f"--device {device}", what="is no device", fix="write cpu, cuda, or cuda:1 for another"
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name for name in (visible or "").split(",") if name]
-    place = int(number or 0)
-    if visible is None or place < len(names):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place) if visible is None else names[place]
-        import torch
-
-        if torch.cuda.is_available():
-            return
-    raise VltrainError.at(
-        f"--device {device}", what="this machine has no such GPU", fix="write --device cpu"
-    )

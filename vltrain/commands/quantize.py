@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vltrain.commands.device import Device, choose_device
 from vltrain.commands.options import AllowUrls, DataFormat, ImageRoot, pictures_option
 
 
@@ -23,10 +24,7 @@ def quantize(
         typer.Option("--max-length", min=1, help="Tokens; longer conversations are passed over."),
     ] = 2048,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice among conversations.")] = 0,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, cuda or cuda:1 [the GPU, where there is one]."),
-    ] = None,
+    device: Device = None,
     data_format: DataFormat = "auto",
     image_root: ImageRoot = None,
     allow_urls: AllowUrls = False,
@@ -36,9 +34,10 @@ def quantize(
     It is calibrated on your own conversations; some are held out to tell what was lost, layer by
     layer and in perplexity. One layer at a time is on the device. `quantize.json` says it all.
     """
+    choose_device(device)
     from vltrain.workflows.quantize import Calibration
     from vltrain.workflows.quantize import quantize as quantize_model
 
     pictures = pictures_option(image_root, allow_urls)
     calibration = Calibration(tuple(data), samples, max_length, seed, data_format, pictures)
-    quantize_model(model, out, calibration, device=device)
+    quantize_model(model, out, calibration)

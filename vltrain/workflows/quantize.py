@@ -86,8 +86,6 @@ def quantize(
     model: str,
     out: Path,
     data: Calibration,
-    *,
-    device: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Pack a model's decoder to 4 bits, in the layout of Qwen-VL-Chat-Int4.
@@ -95,13 +93,13 @@ def quantize(
     A part of the conversations is held out: on them the error behind each layer, that of the
     logits, and the perplexity before and after are measured. What was written is read by a fresh
     process before the folder gets its name; a run that is cut off leaves no `out`.
-    `quantize.json` in it has all of this, and the hash of every file.
+    `quantize.json` in it has all of this, and the hash of every file. One layer at a time is on
+    the GPU, where there is one.
 
     Args:
         model: a folder of a 16- or 32-bit model, or a name on the hub.
         out: the folder to make.
         data: the user's own conversations, with pictures.
-        device: where it is computed, a layer at a time; default the GPU, where there is one.
         console: where to report; default the terminal.
 
     Raises:
@@ -112,7 +110,7 @@ def quantize(
     console = console or Console()
     hide_weight_bars()
     refuse_existing(out)
-    place = placed(device)
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model(model)
     family = family_of(source.path)
     refuse_packed(source.path)
@@ -143,24 +141,6 @@ def quantize(
         f"perplexity {before:.3f} before and {after:.3f} after",
         soft_wrap=True,
     )
-
-
-def placed(device: str | None) -> torch.device:
-    """Where it is computed.
-
-    Raises:
-        VltrainError: there is no such device here.
-    """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).partition("\n")[0]
-        raise VltrainError.at(
-            f"--device {name}", what=f"cannot be computed on ({first})", fix="write cpu, or cuda"
-        ) from error
-    return place
 
 
 def refuse_packed(folder: Path) -> None:
