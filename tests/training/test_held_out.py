@@ -1,11 +1,13 @@
 """The eval loss is the mean over all learned tokens, whatever the batches and the processes."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import write_conversations, write_qwen_vl
 from torch import nn
 from transformers import TrainingArguments
@@ -14,7 +16,7 @@ from vltrain.data.collation import Collator
 from vltrain.data.dataset import SampleDataset
 from vltrain.data.sources import read_records
 from vltrain.models import load_model, load_processor
-from vltrain.training.held_out import HeldOutShare
+from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.trainer import Trainer
 
 
@@ -103,3 +105,10 @@ def test_the_longest_samples_come_first_on_every_process(samples):
     assert lengths[0] == sorted(lengths[0], reverse=True)
     assert lengths[1][-1] == 1  # filled up
     assert max(samples.lengths) == lengths[0][0]
+
+
+def test_where_nothing_is_learned_there_is_no_mean():
+    held_out = LossSum()
+    held_out.add(torch.tensor(0.0), torch.full((1, 4), -100))
+
+    assert math.isnan(held_out.mean_of_all(Accelerator(cpu=True)))

@@ -1,5 +1,6 @@
 """Evaluation by several processes that measures what one would: each sample once, by its tokens."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ class LossSum:
         self._tokens = self._tokens + (labels[:, 1:] != IGNORE_INDEX).sum()
 
     def mean_of_all(self, accelerator: Accelerator) -> float:
-        """The mean over the learned tokens of all processes, each of which asks."""
+        """The mean over the learned tokens of all processes, each of which asks; not a number
+        where there is none."""
         own = torch.tensor([float(self._loss), float(self._tokens)], dtype=torch.float64)
         loss, tokens = accelerator.reduce(own.to(accelerator.device)).tolist()
-        return loss / tokens
+        return loss / tokens if tokens else math.nan
