@@ -1,12 +1,19 @@
 """Whether a checkpoint in DeepSpeed's shares can be shared out anew."""
 
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
 from vltrain.errors import VltrainError
-from vltrain.training.universal import refuse_fixed_shares, share_count
+from vltrain.training import universal
+from vltrain.training.universal import (
+    ANY_NUMBER,
+    refuse_fixed_shares,
+    refuse_no_room_to_share,
+    share_count,
+)
 
 
 def write_shares(checkpoint: Path, kept: dict[str, int]) -> Path:
@@ -37,3 +44,43 @@ def test_shares_of_another_optimizer_than_adam_are_refused(tmp_path, kept):
 
     assert "in the shares of 2 processes" in str(error.value)
     assert "resume on 2 processes, or begin anew" in str(error.value)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch):
+    """Sets how many bytes are free on every disk."""
+    usage = namedtuple("usage", "total used free")
+
+    def set_free(count: int) -> None:
+        monkeypatch.setattr(universal.shutil, "disk_usage", lambda _: usage(0, 0, count))
+
+    return set_free
+
+
+def test_sharing_out_anew_wants_twice_the_size_of_the_shares(tmp_path: Path, free):
+    checkpoint = tmp_path / "checkpoint-4"
+    shares = checkpoint / "global_step4"
+    shares.mkdir(parents=True)
+    for rank in range(2):
+        (shares / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes(300))
+    (checkpoint / "model.safetensors").write_bytes(bytes(5000))  # is linked to
+
+    free(1200)
+    refuse_no_room_to_share(checkpoint)
+    free(1199)
+    with pytest.raises(VltrainError, match=r"takes 0.0 MiB for a while.*\n.*on 2 processes"):
+        refuse_no_room_to_share(checkpoint)
+
+
+def test_what_an_earlier_try_has_left_counts_as_space(tmp_path: Path, free):
+    checkpoint = write_shares(tmp_path / "checkpoint-4", {})
+    left = tmp_path / ANY_NUMBER
+    left.mkdir()
+    (left / "model.safetensors").symlink_to(tmp_path / "large")
+    free(0)
+
+    with pytest.raises(VltrainError, match="for a while"):
+        refuse_no_room_to_share(checkpoint)
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*.pt"))
+    (left / "zero").write_bytes(bytes(2 * size))
+    refuse_no_room_to_share(checkpoint)

@@ -83,11 +83,12 @@ def refuse_small_disk(run: Path, size: SavedBytes, *, keep: int | None, saves: i
     lower = f"lower trainer.save_total_limit to {possible}, " if possible >= 1 else ""
     raise VltrainError.at(
         str(run),
-        what=f"{at_once} checkpoints of {_in_words(size.checkpoint)} and final weights of "
-        f"{_in_words(size.weights)} do not fit: {_in_words(space)} are free",
+        what=f"{at_once} checkpoints of {size_in_words(size.checkpoint)} and final weights of "
+        f"{size_in_words(size.weights)} do not fit: {size_in_words(space)} are free",
         fix=f"{lower}make space, or give another --output",
     )
 
 
-def _in_words(size: int) -> str:
+def size_in_words(size: int) -> str:
+    """Bytes as a message has them."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

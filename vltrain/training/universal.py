@@ -8,6 +8,7 @@ RUN/checkpoint-any.partial/       the same for any number: DeepSpeed's universal
 import contextlib
 import io
 import shutil
+import stat
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from torch.optim import Optimizer
 
 from vltrain.errors import VltrainError
+from vltrain.training.disk import size_in_words
 from vltrain.training.files import PARTIAL
 from vltrain.training.processes import is_first, wait_for_all
 
 SHARES = "global_step*"  # the folder of a checkpoint that DeepSpeed writes
 SHARE_FILES = f"{SHARES}/*_optim_states.pt"  # one of each process
 ANY_NUMBER = f"checkpoint-any{PARTIAL}"
+ROOM = 2  # times the size of shares: they are taken apart, and then put together, all on the disk
 MOMENTS = {"exp_avg", "exp_avg_sq"}
 """What an optimizer keeps of a weight that DeepSpeed can share out anew; Adam's names."""
 
@@ -45,11 +48,33 @@ def refuse_fixed_shares(checkpoint: Path, processes: int) -> None:
     )
 
 
+def refuse_no_room_to_share(checkpoint: Path) -> None:
+    """Raise VltrainError where a checkpoint cannot be shared out anew for want of space beside it.
+
+    What an earlier try has left counts as space: it is removed first.
+    """
+    needed = ROOM * _bytes_of(next(checkpoint.glob(SHARES)))
+    place = checkpoint.with_name(ANY_NUMBER)
+    free = shutil.disk_usage(checkpoint).free + (_bytes_of(place) if place.exists() else 0)
+    if needed > free:
+        raise VltrainError.at(
+            str(checkpoint),
+            what=f"to share it out anew takes {size_in_words(needed)} for a while, and "
+            f"{size_in_words(free)} are free",
+            fix=f"make space, or resume on {share_count(checkpoint)} processes",
+        )
+
+
+def _bytes_of(folder: Path) -> int:
+    files = (file.lstat() for file in folder.rglob("*"))
+    return sum(file.st_size for file in files if stat.S_ISREG(file.st_mode))
+
+
 def shared_out_anew(checkpoint: Path) -> Path:
     """A folder like a checkpoint whose shares any number of processes can read.
 
-    The first process makes it, the others wait. While it is made it takes about twice the room
-    of the checkpoint; what is not in shares is not copied.
+    The first process makes it, the others wait. While it is made it takes about `ROOM` times the
+    checkpoint's shares; what is not in shares is not copied.
     """
     place = checkpoint.with_name(ANY_NUMBER)
     if is_first():

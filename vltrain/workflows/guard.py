@@ -25,7 +25,11 @@ from vltrain.training.lock import locked
 from vltrain.training.processes import is_first
 from vltrain.training.run_dir import RunDir
 from vltrain.training.stopping import StopSignals
-from vltrain.training.universal import refuse_fixed_shares, share_count
+from vltrain.training.universal import (
+    refuse_fixed_shares,
+    refuse_no_room_to_share,
+    share_count,
+)
 from vltrain.workflows.advice import memory_advice
 from vltrain.workflows.memory import RunMemory
 from vltrain.workflows.run_data import Halves
@@ -85,13 +89,14 @@ def on_processes_of_now(engine: Engine, run: RunDir, processes: int) -> Engine:
 
     Raises:
         VltrainError: the checkpoint to go on from is of another engine, or cannot be shared out
-            anew.
+            anew, be it for want of space.
     """
     run.refuse_another_engine(engine.name, engine.zero_stage)
     checkpoint = run.last_checkpoint()
     if checkpoint is None or share_count(checkpoint) in (0, processes):
         return engine
     refuse_fixed_shares(checkpoint, processes)
+    refuse_no_room_to_share(checkpoint)
     return engine.for_any_number()
 
 
