@@ -8,10 +8,7 @@ as soon as it is known. A cell that fails or takes too long says so in its line,
 follows; no cell is begun after `--seconds`. `--tiny` goes through all of them on a CPU with a small
 model.
 
-Model FLOPs are 4 x parameters x tokens of the decoder's layers (their weights are frozen: no
-gradient of theirs is computed), the same of the head over learned tokens (6 where it learns), and
-2 x parameters x patches of the frozen ViT where it runs; attention's own are left out. Utilisation
-is of the card's rate in bf16, for layers in fp8 as well.
+Model FLOPs are those that `vltrain profile` counts: vltrain.training.flops.
 """
 
 import argparse
@@ -36,15 +33,18 @@ from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import FEATURES
 from vltrain.data.feature_store import FeatureStore
 from vltrain.data.step_rows import StepRows
-from vltrain.models.adapters import Adapter, add_lora, count_parts
+from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.features import compute_features, frozen_stage
 from vltrain.models.fp8_weights import hold_in_fp8
+from vltrain.models.hub import ResolvedModel
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.master_adamw import master_optimizer, narrow_learned
 from vltrain.training.profiling import Measured, measure
+from vltrain.workflows.base import Base
+from vltrain.workflows.profile import work_of_model
 
 STEP_SAMPLES = 8
 PEAK_FLOPS = 780e12  # of one H100 in bf16, measured on large matrix products
@@ -239,20 +239,16 @@ def figures(
     }
 
 
-def step_flops(cell: Cell, config: QwenVLConfig, model: nn.Module) -> float:
-    """Of the work that a step is about, however it is done; see the module."""
-    base = model.get_base_model().transformer
-    vision = config.vision
-    layers = count_parts(model, QWEN_VL)["language"].total
-    layers -= 2 * config.vocab_size * config.hidden_size + config.hidden_size  # ends and last norm
-    vit = sum(p.numel() for p in base.visual.transformer.parameters())
-    vit = 0 if cell.features else vit
-    learned = cell.tokens - vision.n_queries - 2
-    patches = (vision.image_size // vision.patch_size) ** 2
-    head = config.vocab_size * config.hidden_size
-    head_factor = 6 if cell.embeddings else 4
-    one = 4 * layers * cell.tokens + head_factor * head * learned + 2 * vit * patches
-    return float(STEP_SAMPLES * one)
+def step_flops(cell: Cell, config: QwenVLConfig, model: nn.Module) -> int:
+    """Of the work that a step is about, however it is done."""
+    base = Base(ResolvedModel(Path(), None, "random weights"), QWEN_VL, config, processor=None)
+    picture = len(QWEN_VL.example_picture(config).input_ids)
+    return work_of_model(model, base).step_flops(
+        tokens=STEP_SAMPLES * cell.tokens,
+        learned=STEP_SAMPLES * (cell.tokens - picture),
+        pictures=STEP_SAMPLES,
+        skipped=frozen_stage(model, QWEN_VL).fed_by if cell.features else (),
+    )
 
 
 def _gib(size: int | None) -> float | None:
