@@ -212,7 +212,6 @@ def test_too_few_conversations_are_refused(place, tmp_path):
         quantize(str(place / "base"), tmp_path / "out", calibration(place, max_length=8))
 
 
-@pytest.mark.usefixtures("unread")
 def test_a_weight_that_is_not_finite_leaves_no_folder(place, tmp_path):
     write_qwen_vl(tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
