@@ -51,6 +51,21 @@ def test_a_packed_base_learns_in_both_16_bit_dtypes(dtype, data, tmp_path):
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_a_base_in_fp8_loses_what_one_in_bf16_loses(compiled, data, tmp_path):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU does not multiply fp8")
+    base = write_qwen_vl(tmp_path / "base")
+    settings = (*LONGER, "lora.dropout=0", f"compile={compiled}", "memory=fast")
+
+    run(quick(base, data, tmp_path / "bf16", *settings))
+    run(quick(base, data, tmp_path / "fp8", *settings, "lora.base=fp8"))
+
+    wide, narrow = ([loss for _, loss in metrics(tmp_path / name)] for name in ("bf16", "fp8"))
+    assert narrow == pytest.approx(wide, rel=0.02)
+    assert narrow[-1] < narrow[0] - 0.3
+
+
 def test_memory_that_runs_out_ends_a_run_with_its_own_code_and_what_to_change(data, tmp_path):
     base = write_qwen_vl(tmp_path / "base")
     fraction = 48 * 2**20 / torch.cuda.get_device_properties(0).total_memory
