@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
         turned, scales = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.size(-1)) * scales.to(gradient.dtype)
         rows, row_scales = rounded_rows(rows)
-        ones = torch.ones(1, turned.size(0), device=scales.device)
+        ones = scales.new_ones(1, turned.size(0))
         # A gradient goes through all layers below, and what each one lost of sums would add up.
         out = multiplied(rows, row_scales, turned, ones, ctx.dtype, fast=False)
         out = out.view(*gradient.shape[:-1], turned.size(0)).to(ctx.input_dtype)
