@@ -19,13 +19,7 @@ from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.training.moments import Work
 from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows import prepare
-from vltrain.workflows.memory import (
-    RECOMPUTED,
-    RunMemory,
-    fit_layers,
-    layers_of,
-    with_recomputed,
-)
+from vltrain.workflows.memory import RunMemory, fit_layers, layers_of, ways_to_fit
 from vltrain.workflows.prepare import layer_runs_of
 
 ZERO2, ZERO3 = (
@@ -98,12 +92,13 @@ def test_memory_says_what_is_recomputed_in_the_place_of_the_trainers_section(mem
     assert layer_runs_of(arranged, NO_ENGINE) == LayerRuns(False, every)
 
 
-def run_of() -> RunMemory:
+def run_of(*, compiled: bool = False) -> RunMemory:
     """LoRA at the real size on 8,192 tokens."""
     config = QwenVLConfig()
     census = census_of_lora(config)
     batch = BatchSizes(rows=1, row_tokens=8192, learned_tokens=7000, pictures=4)
-    work = Work(Compute(2, "packed", checkpointing=False), Optimizer("adamw_torch_fused"))
+    compute = Compute(2, "packed", checkpointing=False, compiled=compiled)
+    work = Work(compute, Optimizer("adamw_torch_fused"))
     return RunMemory(census, config.model_sizes(), batch, work)
 
 
@@ -113,16 +108,28 @@ def census_of_lora(config: QwenVLConfig) -> Census:
     return take_census(adapted, QWEN_VL)
 
 
-def test_by_itself_a_run_recomputes_as_few_layers_as_fit_the_gpu():
-    run = run_of()
-    needed = {every: with_recomputed(run, every).estimate.comfortable for every in RECOMPUTED}
+KEPT = [LayerRuns(False, 0), *(LayerRuns(False, every) for every in (4, 3, 2, 1))]
+KEPT_COMPILED = [*(LayerRuns(True, 0, kept) for kept in (1.0, 0.75, 0.5, 0.25)), LayerRuns(True, 1)]
 
-    assert list(needed.values()) == sorted(needed.values(), reverse=True)
-    assert len({*needed.values()}) == len(needed)
-    for every, size in needed.items():
-        fitted = fit_layers(run, size)
-        assert layers_of(recipe("memory=auto"), NO_ENGINE, fitted).recompute_every == every
-    assert "one layer in 2 (memory: auto)" in fit_layers(run, needed[2]).decisions[0]
+
+@pytest.mark.parametrize(("compiled", "runs"), [(False, KEPT), (True, KEPT_COMPILED)])
+def test_by_itself_a_run_recomputes_as_little_as_fits_the_gpu(compiled, runs):
+    run = run_of(compiled=compiled)
+    auto = recipe("memory=auto", f"compile={str(compiled).lower()}")
+    needed = [way.estimate.comfortable for way in ways_to_fit(run)]
+
+    assert needed == sorted(set(needed), reverse=True)
+    assert [layers_of(auto, NO_ENGINE, fit_layers(run, size)) for size in needed] == runs
+
+
+@pytest.mark.parametrize(
+    ("compiled", "said"), [(False, "one layer in 2"), (True, "within each layer, which keeps 25%")]
+)
+def test_what_a_run_recomputes_by_itself_is_said(compiled, said):
+    run = run_of(compiled=compiled)
+    fitted = fit_layers(run, ways_to_fit(run)[3].estimate.comfortable)
+
+    assert fitted.decisions == (f"recomputed on the way back: {said} (memory: auto)",)
 
 
 def test_a_run_that_fits_in_no_way_recomputes_every_layer():

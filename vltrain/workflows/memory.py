@@ -33,8 +33,11 @@ from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows.prepare import layer_runs_of
 from vltrain.workflows.run_data import Halves, Packer
 
-RECOMPUTED = (0, 4, 3, 2, 1)
-"""Each so-many-th layer, as `memory: auto` tries them: the fewest recomputed first."""
+EVERY = (4, 3, 2)
+"""Each so-many-th layer that is recomputed, as `memory: auto` tries them."""
+
+SHARES = (0.75, 0.5, 0.25)
+"""Of what compiled layers keep, as `memory: auto` tries them."""
 
 LABELS: dict[Place, str] = {
     "vision": "vision tower",
@@ -121,24 +124,33 @@ def has_several_batches(
 
 
 def fit_layers(run: RunMemory, gpu_bytes: int) -> RunMemory:
-    """The run with as few layers recomputed as its GPU's memory asks for.
+    """The run with as little recomputed as its GPU's memory asks for.
 
     Args:
         gpu_bytes: the memory of the GPU, whole.
     """
-    for every in RECOMPUTED:
-        fitted = with_recomputed(run, every)
+    for fitted in ways_to_fit(run):
         if fitted.estimate.comfortable <= gpu_bytes:
             break
-    how_many = {0: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
-    line = f"recomputed on the way back: {how_many} (memory: auto)"
+    compute = fitted.work.compute
+    every = compute.recompute_every if compute.checkpointing else 0
+    what = {0: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
+    if compute.kept_share < 1:
+        what = f"within each layer, which keeps {compute.kept_share:.0%}"
+    line = f"recomputed on the way back: {what} (memory: auto)"
     return replace(fitted, decisions=(*run.decisions, line))
 
 
-def with_recomputed(run: RunMemory, every: int) -> RunMemory:
-    """The run with each so-many-th layer recomputed; 0: with none."""
-    compute = replace(run.work.compute, checkpointing=every > 0, recompute_every=every or 1)
-    return replace(run, work=replace(run.work, compute=compute))
+def ways_to_fit(run: RunMemory) -> list[RunMemory]:
+    """The run with less and less kept for the way back, to every layer recomputed."""
+    compute = run.work.compute
+    whole = replace(compute, checkpointing=False, recompute_every=1, kept_share=1.0)
+    if compute.compiled:
+        partly = [replace(whole, kept_share=share) for share in SHARES]
+    else:
+        partly = [replace(whole, checkpointing=True, recompute_every=every) for every in EVERY]
+    ways = [whole, *partly, replace(whole, checkpointing=True)]
+    return [replace(run, work=replace(run.work, compute=way)) for way in ways]
 
 
 def layers_of(recipe: Recipe, engine: Engine, run: RunMemory | None) -> LayerRuns | None:
@@ -152,7 +164,7 @@ def layers_of(recipe: Recipe, engine: Engine, run: RunMemory | None) -> LayerRun
         return layers
     compute = run.work.compute
     every = compute.recompute_every if compute.checkpointing else 0
-    return replace(layers, recompute_every=every)
+    return replace(layers, recompute_every=every, kept=compute.kept_share)
 
 
 def load_of(census: Census, recipe: Recipe) -> Load:
