@@ -35,6 +35,7 @@ PACKED = (
     "data.max_length=270",  # two of the four samples to a row, so an epoch has two rows
     "trainer.gradient_accumulation_steps=1",
 )
+STREAMED = ("data.streaming=true", "data.shuffle_buffer=3")
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +254,10 @@ class CutOff(BaseException):
         ("lora", ("trainer.save_steps=2",), 4),
         ("full", ("trainer.save_steps=2", "trainer.train_sampling_strategy=group_by_length"), 4),
         ("lora", ("trainer.save_steps=3", *PACKED), 3),  # in the middle of an epoch
-        ("lora", ("trainer.save_steps=2", "MIX"), 4),  # 3 steps an epoch: in the second
-        ("lora", ("trainer.save_steps=2", "MIX", *PACKED), 4),
-        ("lora", ("trainer.save_steps=2", "data.streaming=true", "data.shuffle_buffer=3"), 4),
+        # 3 steps an epoch: in the second
+        pytest.param("lora", ("trainer.save_steps=2", "MIX"), 4, marks=pytest.mark.slow),
+        pytest.param("lora", ("trainer.save_steps=2", "MIX", *PACKED), 4, marks=pytest.mark.slow),
+        pytest.param("lora", ("trainer.save_steps=2", *STREAMED), 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
