@@ -82,6 +82,7 @@ print(own_bytes() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells memory there")
 def test_an_open_table_takes_few_bytes_for_each_record(tmp_path):
     one = (Record(A, 0, record("q" * 500, "a" * 500)), Sample([5, 9, 7], [-100, 9, 7], []))

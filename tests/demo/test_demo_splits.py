@@ -41,18 +41,21 @@ def test_a_quarter_of_the_scans_of_each_digit_is_held_out():
         assert 0.24 < share < 0.26
 
 
+@pytest.mark.slow
 def test_no_picture_is_on_both_sides(splits):
     train, held_out = (picture_hashes(split) for split in splits)
 
     assert not train & held_out
 
 
+@pytest.mark.slow
 def test_no_record_says_what_another_says(splits):
     said = [str(entry["conversations"]) for split in splits for entry in split.records]
 
     assert len(said) == len(set(said))
 
 
+@pytest.mark.slow
 def test_every_named_picture_exists(splits):
     for split in splits:
         files = {picture.file for pictures in split.pictures.values() for picture in pictures}
@@ -61,6 +64,7 @@ def test_every_named_picture_exists(splits):
         assert named <= files
 
 
+@pytest.mark.slow
 def test_more_than_a_hundred_questions_of_each_kind_are_held_out(splits):
     _, held_out = splits
     asked = Counter(kind for entry in held_out.records for kind in kinds_of(entry["id"]))
@@ -69,6 +73,7 @@ def test_more_than_a_hundred_questions_of_each_kind_are_held_out(splits):
     assert min(asked.values()) >= 100
 
 
+@pytest.mark.slow
 def test_ids_are_unique_and_tell_the_kind_of_each_answer(splits):
     for split in splits:
         assert len({entry["id"] for entry in split.records}) == len(split.records)
@@ -79,6 +84,7 @@ def test_ids_are_unique_and_tell_the_kind_of_each_answer(splits):
             assert ["<box>" in answer for answer in answers] == [k == "point" for k in kinds]
 
 
+@pytest.mark.slow
 def test_questions_come_in_both_languages_and_with_one_or_more_pictures_and_turns(splits):
     train, _ = splits
     texts = [str(entry["conversations"]) for entry in train.records]

@@ -144,7 +144,9 @@ def test_a_stop_is_saved_even_where_no_checkpoint_was_asked_for(loop: Loop):
     assert checkpoint_fault(loop.out / "checkpoint-1") is None
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize(
+    "step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_what_was_computed_before_a_stop_is_in_the_log_after_it(loop: Loop, tmp_path, step):
     settings = {"logging_steps": 3, "eval_strategy": "epoch", "per_device_train_batch_size": 2}
     whole = Loop(loop.base, loop.samples, tmp_path / "whole")

@@ -69,6 +69,7 @@ def test_an_answer_with_a_line_separator_of_its_own_is_one_answer(answered):
     assert read_scored(answered)[0].before == "7\u2028\x85"
 
 
+@pytest.mark.slow
 def test_the_base_of_the_demo_is_small_and_loads(demo):
     model = load_model(demo / "model")
     processor = load_processor(demo / "model")
@@ -77,6 +78,7 @@ def test_the_base_of_the_demo_is_small_and_loads(demo):
     assert model.config.vocab_size == len(processor.tokenizer) == 768
 
 
+@pytest.mark.slow
 def test_every_picture_that_a_record_names_is_written(demo):
     for name in ("train.json", "heldout.json"):
         text = (demo / name).read_text(encoding="utf-8")
@@ -84,6 +86,7 @@ def test_every_picture_that_a_record_names_is_written(demo):
             assert (demo / part.split("</img>")[0]).is_file()
 
 
+@pytest.mark.slow
 def test_no_picture_file_of_the_held_out_records_is_one_of_training(demo):
     hashes = {
         split: {
@@ -97,6 +100,7 @@ def test_no_picture_file_of_the_held_out_records_is_one_of_training(demo):
     assert not hashes["train"] & hashes["heldout"]
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_there_is_left_alone(demo):
     before = (demo / "train.json").stat().st_mtime_ns
 

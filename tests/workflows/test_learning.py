@@ -60,6 +60,7 @@ def test_parts_learn_at_the_rates_that_a_recipe_gives_them(base, data, tmp_path)
     assert not any("attn_pool" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_vision_tower_and_projector_learn_beside_adapters_and_come_back_in_merge(
     base, data, tmp_path
 ):
@@ -91,6 +92,7 @@ def test_an_adapters_options_stand_in_its_folder(base, data, tmp_path):
     merge(tmp_path / "run" / "final", tmp_path / "merged", console=QUIET)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_began_at_the_bases_directions_is_plain_lora_in_the_end(
     base, data, tmp_path
 ):
@@ -110,6 +112,7 @@ def test_an_adapter_that_began_at_the_bases_directions_is_plain_lora_in_the_end(
     merge(tmp_path / "run" / "final", tmp_path / "merged", console=QUIET)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_earlier_adapter_and_takes_its_shape(base, data, tmp_path):
     shape = ("lora.alpha=32", "freeze.projector=false")
     run(quick(base, data, tmp_path / "first", *shape))

@@ -55,6 +55,7 @@ def test_a_base_in_nf4_learns_and_its_adapter_merges_into_the_plain_base(
     )
 
 
+@pytest.mark.slow
 def test_a_packed_base_learns_and_its_adapter_stands_beside_it_again(packed, data, tmp_path):
     shown = run(quick(packed, data, tmp_path / "run", *LONGER, method="qlora"))
 

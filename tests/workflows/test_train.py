@@ -35,6 +35,7 @@ PACKED = (
     "data.max_length=270",  # two of the four samples to a row, so an epoch has two rows
     "trainer.gradient_accumulation_steps=1",
 )
+BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
 STREAMED = ("data.streaming=true", "data.shuffle_buffer=3")
 
 
@@ -252,8 +253,9 @@ class CutOff(BaseException):
     ("method", "settings", "checkpoint"),
     [
         ("lora", ("trainer.save_steps=2",), 4),
-        ("full", ("trainer.save_steps=2", "trainer.train_sampling_strategy=group_by_length"), 4),
-        ("lora", ("trainer.save_steps=3", *PACKED), 3),  # in the middle of an epoch
+        pytest.param("full", ("trainer.save_steps=2", BY_LENGTH), 4, marks=pytest.mark.slow),
+        # in the middle of an epoch
+        pytest.param("lora", ("trainer.save_steps=3", *PACKED), 3, marks=pytest.mark.slow),
         # 3 steps an epoch: in the second
         pytest.param("lora", ("trainer.save_steps=2", "MIX"), 4, marks=pytest.mark.slow),
         pytest.param("lora", ("trainer.save_steps=2", "MIX", *PACKED), 4, marks=pytest.mark.slow),
