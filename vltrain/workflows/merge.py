@@ -117,27 +117,7 @@ def merge(
         report = description(plan) | {"files": file_list(draft)}
         write_report(draft, report, MERGE_REPORT)
         console.print("reading the merged weights back in a fresh process")
-        if expected is None:
-            reload_in_a_fresh_process(draft, None)
-            difference = prove_by_tensor(plan.merged, plain_weights(draft))
-            proof = proof_by("tensors", difference, TOLERANCE[dtype])
-        else:
-            scratch = draft / "logits.partial"  # inside, so that it goes with what a kill leaves
-            try:
-                found = reload_in_a_fresh_process(draft, scratch)
-            finally:
-                scratch.unlink(missing_ok=True)
-            difference = compare(
-                found,
-                expected.adapted,
-                expected.base,
-                dtype=dtype,
-                tolerance=plan.tolerance,
-                adapter=adapter,
-            )
-            proof = proof_by("logits", difference, plan.tolerance)
-            if expected.trained is not None:
-                proof["from_the_model_in_4_bits"] = distance(found, expected.trained)
+        proof = prove(draft, plan, expected)
         write_report(draft, report | {"proof": proof}, MERGE_REPORT)
     tell(console, out, proof, dtype)
 
@@ -228,6 +208,43 @@ def _logits_beside(
     with model.disable_adapter():
         base = probe_logits(model, inputs)
     return base, probe_logits(model, inputs)
+
+
+def prove(draft: Path, plan: Plan, expected: Expected | None) -> dict[str, Any]:
+    """Read merged weights in a fresh process and hold them against base + adapters.
+
+    Args:
+        draft: the folder that they were written to.
+        expected: what base and adapters answer; None: every tensor is held against theirs.
+
+    Returns:
+        What was found, for `merge.json`.
+
+    Raises:
+        VltrainError: they differ by more than rounding explains.
+    """
+    dtype = plan.merged.base.dtype
+    if expected is None:
+        reload_in_a_fresh_process(draft, None)
+        difference = prove_by_tensor(plan.merged, plain_weights(draft))
+        return proof_by("tensors", difference, TOLERANCE[dtype])
+    scratch = draft / "logits.partial"  # inside, so that it goes with what a kill leaves
+    try:
+        found = reload_in_a_fresh_process(draft, scratch)
+    finally:
+        scratch.unlink(missing_ok=True)
+    difference = compare(
+        found,
+        expected.adapted,
+        expected.base,
+        dtype=dtype,
+        tolerance=plan.tolerance,
+        adapter=plan.folders[0],
+    )
+    proof = proof_by("logits", difference, plan.tolerance)
+    if expected.trained is not None:
+        proof["from_the_model_in_4_bits"] = distance(found, expected.trained)
+    return proof
 
 
 def description(plan: Plan) -> dict[str, Any]:
