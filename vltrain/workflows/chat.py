@@ -96,13 +96,7 @@ def answer_file(
     hide_weight_bars()
     questions = read_questions(questions_file, pictures, console, format=format)
     folder = resolve_model(model).path
-    task = {
-        "questions": content_hash(question.record for question in questions),
-        "format": format,
-        "image_root": None if pictures.image_root is None else str(pictures.image_root),
-        "model": fingerprint(adapter or folder),
-        "decoding": asdict(decoding) | {"seed": seed},
-    }
+    task = task_of(questions, format, pictures, adapter or folder, decoding, seed)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f"{output.name}.partial")
     kept = kept_answers(draft, task, questions)
@@ -115,15 +109,48 @@ def answer_file(
     answers = answer_batches(network, processor, prompts, batch_size=batch_size, decoding=decoding)
     begin_draft(draft, task, kept)
     torch.manual_seed(seed)
-    opened = draft.open("a", encoding="utf-8", errors=SURROGATES)
-    with opened as file, counting_bar(console) as bar:
-        shown = bar.add_task("answering", total=len(questions), completed=len(kept))
-        for question, answer in zip(questions[len(kept) :], answers, strict=True):
-            file.write(_line(question.answered(answer, questions_file)))
-            file.flush()
-            bar.advance(shown)
+    answered = (
+        question.answered(answer, questions_file)
+        for question, answer in zip(questions[len(kept) :], answers, strict=True)
+    )
+    append_answers(draft, answered, console, done=len(kept), total=len(questions))
     write_without_first_line(draft, output)
     console.print(f"done: {len(questions)} answers in {output}", soft_wrap=True)
+
+
+def task_of(
+    questions: Sequence[Question],
+    format: Format,
+    pictures: Pictures,
+    model: Path,
+    decoding: Decoding,
+    seed: int,
+) -> dict[str, Any]:
+    """All that answers follow from: where one thing is another, a run begins anew."""
+    return {
+        "questions": content_hash(question.record for question in questions),
+        "format": format,
+        "image_root": None if pictures.image_root is None else str(pictures.image_root),
+        "model": fingerprint(model),
+        "decoding": asdict(decoding) | {"seed": seed},
+    }
+
+
+def append_answers(
+    draft: Path, answered: Iterable[dict[str, Any]], console: Console, *, done: int, total: int
+) -> None:
+    """Write answers behind those that are there, each as soon as it is made.
+
+    Args:
+        done, total: answers that are there, and that will be.
+    """
+    opened = draft.open("a", encoding="utf-8", errors=SURROGATES)
+    with opened as file, counting_bar(console) as bar:
+        shown = bar.add_task("answering", total=total, completed=done)
+        for answer in answered:
+            file.write(_line(answer))
+            file.flush()
+            bar.advance(shown)
 
 
 def read_questions(
