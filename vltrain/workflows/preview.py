@@ -17,6 +17,7 @@ from vltrain.config import DataConfig
 from vltrain.data.checks import Finding, check_files
 from vltrain.data.conversation import Conversation, ImagePart
 from vltrain.data.encoding import LabelPolicy, Processor, Sample, encode_conversation
+from vltrain.data.findings import Report
 from vltrain.data.formats import Format, conversation_from_record, record_id
 from vltrain.data.grounding import Region, parse_regions
 from vltrain.data.images import shown
@@ -93,12 +94,7 @@ def preview(
         pictures=pictures,
         max_length=max_length,
     )
-    if not report.records:
-        raise VltrainError.at(
-            ", ".join(str(file) for file in files),
-            what="there is no record to show",
-            fix="`vltrain check` says what is wrong",
-        )
+    _refuse_empty(report, files)
     context = ViewContext(processor, format, labels, pictures, _by_record(report.findings))
     collected = collect(files, processor, format=format, labels=labels, pictures=pictures)
     views = [_sample_view(entry, context) for entry in chosen_entries(files, samples, seed)]
@@ -116,6 +112,15 @@ def preview(
         soft_wrap=True,
         markup=False,
     )
+
+
+def _refuse_empty(report: Report, files: Sequence[Path]) -> None:
+    if not report.records:
+        raise VltrainError.at(
+            ", ".join(str(file) for file in files),
+            what="there is no record to show",
+            fix="`vltrain check` says what is wrong",
+        )
 
 
 def chosen_entries(files: Iterable[Path], count: int, seed: int) -> list[Record | Unreadable]:
