@@ -14,6 +14,7 @@ FLOORS = (
     ("errors",),
     ("recipe_yaml", "recipe_types", "hub_names"),
     ("method_config", "data_config"),
+    ("trainer_config",),
     ("config",),
     ("data", "models", "demo"),
     ("training", "evaluation"),
@@ -27,8 +28,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib"
 LIGHT_MODULES = (
     *("__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "recipe_yaml.py"),
     *("commands/__init__.py", "commands/cache.py", "commands/chat.py", "commands/convert.py"),
-    *("commands/export.py", "commands/options.py", "commands/profile.py", "commands/quantize.py"),
-    "commands/train.py",
+    *("commands/device.py", "commands/export.py", "commands/options.py", "commands/profile.py"),
+    *("commands/quantize.py", "commands/train.py", "trainer_config.py"),
 )
 WITH_TORCH = ("collation.py", "streaming.py")  # of data
 TORCH_FREE = sorted(path for path in (PACKAGE / "data").glob("*.py") if path.name not in WITH_TORCH)

@@ -34,6 +34,12 @@ from vltrain.method_config import (
 )
 from vltrain.recipe_types import STRICT, Fault, UserPath
 from vltrain.recipe_yaml import parse_yaml, read_yaml, to_yaml
+from vltrain.trainer_config import (
+    METHOD_DEFAULTS,
+    TRAINER_DEFAULTS,
+    trainer_faults,
+    with_defaults,
+)
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 EngineChoice = Literal["auto", "ddp", "deepspeed", "fsdp2"]
@@ -87,44 +93,6 @@ SECTIONS = {
     "lr": LearningRates,
     "batch": BatchConfig,
 }
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 5,
-    "per_device_train_batch_size": 1,
-    "weight_decay": 0.1,
-    "adam_beta2": 0.95,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.01,  # below 1: the share of all steps
-    "gradient_checkpointing": True,
-    "logging_steps": 1,
-    "save_steps": 1000,
-    "save_total_limit": 10,
-    "seed": 42,
-    "report_to": "tensorboard",
-}
-ADAPTER_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "gradient_accumulation_steps": 8}
-METHOD_DEFAULTS: dict[Method, dict[str, Any]] = {
-    "lora": ADAPTER_DEFAULTS,
-    "qlora": ADAPTER_DEFAULTS,
-    "full": {"learning_rate": 1e-5, "gradient_accumulation_steps": 16},
-}
-# Where batch.samples says what a step is, what the Trainer takes for a batch is all of a step.
-WHOLE_STEPS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-
-NOT_YOURS_TO_SET = {
-    "output_dir": ("the run directory is the recipe's own `output`", "set output instead"),
-    "remove_unused_columns": ("columns that the Trainer calls unused hold the pictures", ""),
-    "resume_from_checkpoint": ("a run that was cut off resumes by itself", "start it again"),
-    "label_smoothing_factor": ("transformers would smooth over labels that are not shifted", ""),
-    "do_train": ("the command already says it", ""),
-    "do_eval": ("evaluation follows from the data", "give data.eval_files or data.eval_share"),
-    "do_predict": ("a run trains; it answers nothing", "use vltrain chat --input"),
-    "deepspeed": ("the recipe has a key of its own for it", "set deepspeed: zero2, or engine"),
-    "fsdp": ("the engine is the recipe's own `engine`", "set engine: fsdp2"),
-    "fsdp_config": ("the engine is the recipe's own `engine`", "set engine: fsdp2"),
-    "parallelism_config": ("a run is spread by one of the engines", "set engine or deepspeed"),
-}
-"""`trainer:` keys that are refused: why, and what to do instead of only leaving the key out."""
 
 NEEDED = {
     "model": "give --model, or `model:` in the recipe: a folder of weights or a name on the hub",
@@ -269,34 +237,13 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
         raise VltrainError("\n".join(str(problem) for problem in problems)) from None
     for key, what, fix in _contradictions(recipe):
         raise VltrainError.at(_origin(key, where, origins), what=what, fix=fix)
-    return replace(recipe, trainer=_with_defaults(recipe))
-
-
-def _with_defaults(recipe: Recipe) -> dict[str, Any]:
-    """All `trainer:` values: the method's defaults under what was given.
-
-    What is held out is measured in batches of the training's size, which have been seen to fit,
-    after each epoch; with every checkpoint where the best one is to be kept, as
-    `TrainingArguments` demands.
-    """
-    by_samples = {} if recipe.batch.samples is None else WHOLE_STEPS
-    settings = TRAINER_DEFAULTS | METHOD_DEFAULTS[recipe.method] | by_samples | recipe.trainer
-    settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
-    for key in ("save_strategy", "eval_strategy", "logging_strategy"):
-        if settings.get(key) is False:  # what YAML makes of a bare `no`
-            settings[key] = "no"
-    if recipe.data.has_eval and "eval_strategy" not in settings:
-        # A stream has no epochs.
-        as_saved = settings.get("load_best_model_at_end", False) or recipe.data.streaming
-        settings["eval_strategy"] = settings.get("save_strategy", "steps") if as_saved else "epoch"
-        if settings["eval_strategy"] == "steps":
-            settings.setdefault("eval_steps", settings["save_steps"])
-    return settings
+    trainer = with_defaults(recipe.trainer, recipe.method, recipe.data, recipe.batch)
+    return replace(recipe, trainer=trainer)
 
 
 def _contradictions(recipe: Recipe) -> Iterator[Fault]:
     """Combinations that cannot work, whatever the data, the model and the machine."""
-    yield from _trainer_faults(recipe.trainer)
+    yield from trainer_faults(recipe.trainer)
     if recipe.deepspeed is not None and recipe.engine in ("ddp", "fsdp2"):
         yield (
             "deepspeed",
@@ -335,18 +282,6 @@ def _contradictions(recipe: Recipe) -> Iterator[Fault]:
         recipe.lr,
         recipe.trainer,
     )
-
-
-def _trainer_faults(trainer: dict[str, Any]) -> Iterator[Fault]:
-    """Keys of `trainer:` that a run sets by itself."""
-    for key in trainer:
-        if key in NOT_YOURS_TO_SET:
-            reason, instead = NOT_YOURS_TO_SET[key]
-            yield (
-                f"trainer.{key}",
-                f"`trainer.{key}` cannot be set: {reason}",
-                instead or f"take out `trainer.{key}`",
-            )
 
 
 def _known_keys() -> list[str]:

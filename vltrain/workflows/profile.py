@@ -15,7 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from vltrain.config import WHOLE_STEPS, Method, Recipe
+from vltrain.config import Method, Recipe
 from vltrain.data.collation import Collator, collate_rows
 from vltrain.data.dataset import RecordReader
 from vltrain.data.feature_store import FeatureStore, picture_hash
@@ -28,6 +28,7 @@ from vltrain.models.features import compute_features, frozen_stage
 from vltrain.models.hub import ResolvedModel, fetch_weights
 from vltrain.models.loading import DTYPES
 from vltrain.recipe_yaml import read_yaml
+from vltrain.trainer_config import WHOLE_STEPS
 from vltrain.training.arguments import run_dtype, training_arguments
 from vltrain.training.engines import NO_ENGINE
 from vltrain.training.files import write_whole
