@@ -206,7 +206,10 @@ def run_cell(cell: Cell, models: Models, backend: str) -> dict[str, Any]:
         samples = KeptSamples(models.config, cell.tokens, count, store)
     layers = LayerRuns(cell.compiled, cell.recompute_every, cell.kept, backend)
     arguments = step_arguments(
-        steps, 1 if cell.packed else STEP_SAMPLES, gradient_checkpointing=False
+        steps,
+        1 if cell.packed else STEP_SAMPLES,
+        gradient_checkpointing=False,
+        bf16=cell.narrow or torch.cuda.is_available(),
     )
     if cell.packed:
         rows = StepRows(
