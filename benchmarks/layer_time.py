@@ -5,9 +5,9 @@
 One decoder layer of Qwen-VL's real widths with random weights, on packed rows of samples of 2,048
 tokens, forwards and backwards: without adapters, with them, with their dropout, by how it is run.
 Beside it a layer of the frozen ViT on 8 pictures, the head with its loss on the learned tokens of
-8 samples, and an update of all adapters. Medians of runs behind ones that are not counted, by
-CUDA's events; `--trace` adds the kernels of a layer that take longest. `--tiny` runs all of it
-with small widths, on a CPU too, where its times mean nothing.
+8 samples, and an update of all adapters. Medians of runs behind ones that are not counted, each
+by the clock until the GPU is done; `--trace` adds the kernels of a layer that take longest.
+`--tiny` runs all of it with small widths, on a CPU too, where its times mean nothing.
 """
 
 import argparse
