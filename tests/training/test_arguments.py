@@ -72,8 +72,10 @@ def test_from_pinned_memory_batches_are_copied_while_the_host_goes_on(
     assert implied.accelerator_config.non_blocking == pinned
 
 
-def test_what_a_recipe_says_of_copies_holds(recipe):
-    said = {"accelerator_config": {"non_blocking": True}}
+def test_what_a_recipe_says_of_copies_holds(recipe, monkeypatch):
+    copies = {"accelerator_config": {"non_blocking": True}}
+    monkeypatch.setattr("vltrain.training.arguments._implied_copies", lambda _: copies)
+    said = {"accelerator_config": {"non_blocking": False}}
     arguments = training_arguments(replace(recipe, trainer=recipe.trainer | said))
 
-    assert arguments.accelerator_config.non_blocking
+    assert not arguments.accelerator_config.non_blocking
