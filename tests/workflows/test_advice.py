@@ -136,6 +136,22 @@ def test_each_change_says_what_it_comes_to(tmp_path: Path):
     assert told(lines[4]) == pytest.approx(now - 18 * 25 * MILLION / GIB, abs=0.2)
 
 
+def test_layers_that_keep_a_share_may_keep_nothing_but_their_input(tmp_path: Path):
+    recipe = recipe_of(tmp_path, "compile=true", "memory=0.5")
+    compute = Compute(2, checkpointing=False, kept_share=0.5, compiled=True)
+    run, recomputed = (
+        replace(RUN, work=replace(RUN.work, compute=replace(compute, checkpointing=whole)))
+        for whole in (False, True)
+    )
+
+    line = memory_advice(recipe, run)[0]
+
+    assert line.startswith("memory: lean; the losses stay")
+    assert told(line) == pytest.approx(recomputed.estimate.needed / GIB, abs=0.06)
+    assert told(line) < run.estimate.needed / GIB
+    assert not any("memory: lean" in line for line in memory_advice(recipe, recomputed))
+
+
 def test_an_eight_bit_optimizer_leaves_a_quarter_of_the_states(tmp_path: Path):
     lines = memory_advice(recipe_of(tmp_path, "dtype=fp32", method="full"), RUN)
 

@@ -63,7 +63,9 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     batch = trainer["per_device_train_batch_size"]
     steps = trainer["gradient_accumulation_steps"]
     bare = recipe.memory is None and not trainer["gradient_checkpointing"]
-    if bare or recipe.memory == "fast":
+    recomputed = run is not None and run.work.compute.checkpointing
+    part = isinstance(recipe.memory, float) and not recomputed
+    if bare or recipe.memory == "fast" or part:
         key = "trainer.gradient_checkpointing: true" if bare else "memory: lean"
         yield Advice(f"{key}; the losses stay, a step takes longer", _recomputing)
     if batch > 1:
