@@ -169,7 +169,8 @@ class Step:
         return self._copies("head") + self._decoder_copies + vision
 
     def _features(self) -> tuple[Moment, ...]:
-        """Before the first step nothing has a gradient; the optimizer has no state either."""
+        """Before the first step nothing has a gradient. The optimizer's states, which are not there
+        either, are counted all the same."""
         features = self.work.features
         if features is None:
             return ()

@@ -130,8 +130,8 @@ def memory_of(
     processes: int,
     gpu_bytes: int | None,
 ) -> RunMemory:
-    """A run as far as memory goes; with `memory: auto` as many layers are recomputed as the GPU
-    asks for.
+    """A run as far as memory goes; with `memory: auto` as much of its layers is recomputed as the
+    GPU asks for.
 
     Args:
         batch: the largest that a process takes at a time.
