@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_place import losses, make_place, run_together
+from peft import LoraConfig
 from runs import metrics, quick, refused, run, weights
 from tiny import QWEN_VL_CONFIG, write_conversations, write_qwen_vl
 
@@ -149,6 +150,15 @@ def test_what_fp8_does_not_go_with_is_refused(method, overrides, words):
             output=Path("out"),
             overrides=[FP8, *overrides],
         )
+
+
+def test_an_adapter_of_dora_is_not_continued_in_fp8(made, tmp_path):
+    LoraConfig(use_dora=True).save_pretrained(tmp_path / "dora")
+
+    said = refused(quick(*made, tmp_path / "f", FP8, f"lora.continue_from={tmp_path / 'dora'}"))
+
+    assert "lora.base: does not go with" in said
+    assert "which is of DoRA" in said
 
 
 @pytest.mark.parametrize(

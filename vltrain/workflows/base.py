@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig, TrainingArguments
 from vltrain.config import Recipe
 from vltrain.data.dataset import SampleDataset
 from vltrain.data.streaming import Split
+from vltrain.errors import VltrainError
+from vltrain.models.adapted import saved_shape
 from vltrain.models.catalog import family_of, read_json
 from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family, FeatureStage
@@ -81,13 +83,20 @@ def read_halves(
 
 
 def refuse_unfit_fp8(recipe: Recipe, base: Base, *, here: bool = True) -> None:
-    """Raise VltrainError where the recipe wants fp8 and the base or the machine cannot have it.
+    """Raise VltrainError where the recipe wants fp8 and adapter, base or machine cannot have it.
 
     Args:
         here: whether the run is for this machine.
     """
     if recipe.lora.base != "fp8":
         return
+    continued = recipe.lora.continue_from
+    if continued is not None and saved_shape(continued).use_dora:
+        raise VltrainError.at(
+            "lora.base",
+            what=f"does not go with {continued}, which is of DoRA",
+            fix="take out lora.base",
+        )
     if here:
         refuse_old_gpu()
     refuse_unfit_widths(skeleton(base.family, base.config, DTYPES["bf16"]), base.family)
