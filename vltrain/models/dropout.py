@@ -4,7 +4,8 @@ torch's own draws within the layer. There the compiler keeps mask and result for
 where it is told to keep less, it draws anew on the way back, so that gradients come out wrong
 (pytorch/pytorch#190758, seen in torch 2.11 to 2.13). Here numbers that are drawn before the
 layer is called, and a hash of them and of each value's place, say what is dropped. It is cheap
-arithmetic that the compiler fuses with what is beside it, forwards and again backwards.
+arithmetic that the compiler fuses with what is beside it; a mask that it does not keep comes out
+the same again on the way back.
 """
 
 from collections.abc import Sequence
