@@ -109,7 +109,7 @@ def census_of_lora(config: QwenVLConfig) -> Census:
 
 
 KEPT = [LayerRuns(False, 0), *(LayerRuns(False, every) for every in (4, 3, 2, 1))]
-KEPT_COMPILED = [*(LayerRuns(True, 0, kept) for kept in (1.0, 0.75, 0.5, 0.25)), LayerRuns(True, 1)]
+KEPT_COMPILED = [*(LayerRuns(True, 0, kept) for kept in (1.0, 0.75, 0.5)), LayerRuns(True, 1)]
 
 
 @pytest.mark.parametrize(("compiled", "runs"), [(False, KEPT), (True, KEPT_COMPILED)])
@@ -123,11 +123,12 @@ def test_by_itself_a_run_recomputes_as_little_as_fits_the_gpu(compiled, runs):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "said"), [(False, "one layer in 2"), (True, "within each layer, which keeps 25%")]
+    ("compiled", "said"), [(False, "one layer in 2"), (True, "within each layer, which keeps 50%")]
 )
 def test_what_a_run_recomputes_by_itself_is_said(compiled, said):
     run = run_of(compiled=compiled)
-    fitted = fit_layers(run, ways_to_fit(run)[3].estimate.comfortable)
+    way = ways_to_fit(run)[2 if compiled else 3]
+    fitted = fit_layers(run, way.estimate.comfortable)
 
     assert fitted.decisions == (f"recomputed on the way back: {said} (memory: auto)",)
 

@@ -36,7 +36,7 @@ from vltrain.workflows.run_data import Halves, Packer
 EVERY = (4, 3, 2)
 """Each so-many-th layer that is recomputed, as `memory: auto` tries them."""
 
-SHARES = (0.75, 0.5, 0.25)
+SHARES = (0.75, 0.5)
 """Of what compiled layers keep, as `memory: auto` tries them."""
 
 LABELS: dict[Place, str] = {
