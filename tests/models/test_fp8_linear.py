@@ -1,7 +1,5 @@
 """A frozen linear layer in fp8 against the plain one: values, gradients, rows, compilation."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,14 +26,6 @@ def plain() -> nn.Linear:
 def x() -> Tensor:
     torch.manual_seed(1)
     return torch.randn(2, M // 2, K, requires_grad=True)
-
-
-@pytest.fixture
-def compilations() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def in_fp8(layer: nn.Linear) -> Fp8Linear:

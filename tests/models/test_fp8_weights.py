@@ -1,7 +1,5 @@
 """A model whose frozen layers are in fp8: which they are, what learns, and how layers compile."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tiny import IMAGE_START_ID, QWEN_VL_CONFIG
@@ -21,14 +19,6 @@ from vltrain.training.gradient_check import adapters_without_gradient
 LAYERS = 2
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 PICTURE = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
-
-
-@pytest.fixture
-def compilations() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def adapted_model(

@@ -1,14 +1,12 @@
 """How layers are run: compiled, recomputed or plain, they teach the same."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from tiny import IMAGE_START_ID, QWEN_VL_CONFIG
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._functorch import config as functorch
 from varlen_on_cpu import serve_on_cpu
 
 from vltrain.config import FreezeConfig
@@ -22,6 +20,7 @@ from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 
 PICTURE = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
 LAYERS = 3
+pytestmark = pytest.mark.usefixtures("compilations")
 COMPILED = LayerRuns(compiled=True, backend="aot_eager")
 
 
@@ -30,15 +29,6 @@ def kernel(monkeypatch) -> None:
     """Packed rows are attended to as on a GPU."""
     serve_on_cpu()
     monkeypatch.setattr(attention, "kernel_serves", lambda device, dtype: True)
-
-
-@pytest.fixture(autouse=True)
-def compilations() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    functorch.activation_memory_budget = 1.0
-    torch._dynamo.reset()
 
 
 def adapted_model(*, dropout: float = 0.0) -> nn.Module:

@@ -3,7 +3,6 @@
 import errno
 import resource
 import signal
-from collections import namedtuple
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch import nn
 from transformers import TrainingArguments
 
 from vltrain.errors import VltrainError
-from vltrain.training import disk
 from vltrain.training.disk import (
     MASTERS,
     SavedBytes,
@@ -26,17 +24,6 @@ from vltrain.training.disk import (
 from vltrain.training.files import is_disk_full
 
 GIB = 2**30
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch):
-    """Sets how many bytes are free on every disk."""
-    usage = namedtuple("usage", "total used free")
-
-    def set_free(count: int) -> None:
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(0, 0, count))
-
-    return set_free
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """Whether a checkpoint in DeepSpeed's shares can be shared out anew."""
 
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
 from vltrain.errors import VltrainError
-from vltrain.training import universal
 from vltrain.training.universal import (
     ANY_NUMBER,
     refuse_fixed_shares,
@@ -44,17 +42,6 @@ def test_shares_of_another_optimizer_than_adam_are_refused(tmp_path, kept):
 
     assert "in the shares of 2 processes" in str(error.value)
     assert "resume on 2 processes, or begin anew" in str(error.value)
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch):
-    """Sets how many bytes are free on every disk."""
-    usage = namedtuple("usage", "total used free")
-
-    def set_free(count: int) -> None:
-        monkeypatch.setattr(universal.shutil, "disk_usage", lambda _: usage(0, 0, count))
-
-    return set_free
 
 
 def test_sharing_out_anew_wants_twice_the_size_of_the_shares(tmp_path: Path, free):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import write_qwen_vl
 
 import vltrain.workflows.export
 import vltrain.workflows.merge
@@ -22,3 +23,11 @@ def _read_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def _reload_here(folder: Path, scratch: Path | None) -> torch.Tensor | None:
     reload_folder(folder, scratch)
     return None if scratch is None else load_file(scratch)["logits"]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base without weights."""
+    folder = write_qwen_vl(tmp_path_factory.mktemp("bare") / "base")
+    (folder / "model.safetensors").unlink()
+    return folder

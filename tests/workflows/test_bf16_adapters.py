@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, quick, run, weights
+from runs import metrics, quick, recipe_of, run, weights
 from tiny import write_conversations, write_qwen_vl
 
-from vltrain.config import load_recipe
 from vltrain.errors import VltrainError
 from vltrain.training.engines import Engine
 from vltrain.workflows.prepare import refuse_unfit_engine
@@ -50,14 +49,7 @@ def test_adapters_in_bf16_are_saved_from_their_masters_and_go_on_from_them(made,
 )
 def test_what_adapters_in_bf16_do_not_go_with_is_refused(overrides, method, words):
     with pytest.raises(VltrainError, match=words):
-        load_recipe(
-            None,
-            method=method,
-            model="base",
-            data=[Path("a.json")],
-            output=Path("out"),
-            overrides=["lora.weights=bf16", *overrides],
-        )
+        recipe_of("lora.weights=bf16", *overrides, method=method)
 
 
 def test_processes_do_not_share_them(made, tmp_path):

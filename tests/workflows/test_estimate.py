@@ -47,14 +47,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base without weights."""
-    folder = write_qwen_vl(tmp_path_factory.mktemp("bare") / "base")
-    (folder / "model.safetensors").unlink()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import write_conversations, write_qwen_vl
+from tiny import write_conversations
 
 from vltrain.config import Method, load_recipe
 from vltrain.training.arguments import training_arguments
@@ -19,14 +19,6 @@ TOKENS = Features(("vision", "projector"), BATCH_ON_GPU)
 PATCHES = Features(("vision",), BATCH_ON_GPU)
 KEPT = "data.cache_features=true"
 AUTO = "data.cache_features=auto"
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base without weights."""
-    folder = write_qwen_vl(tmp_path_factory.mktemp("bare") / "base")
-    (folder / "model.safetensors").unlink()
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from engine_place import losses, make_place, run_together
 from peft import LoraConfig
-from runs import metrics, quick, refused, run, weights
+from runs import metrics, quick, recipe_of, refused, run, weights
 from tiny import QWEN_VL_CONFIG, write_conversations, write_qwen_vl
 
-from vltrain.config import load_recipe
 from vltrain.errors import VltrainError
 from vltrain.models.adapted import find_base, load_adapted
 from vltrain.training.engines import Engine
@@ -142,14 +141,7 @@ def test_two_processes_lose_what_one_loses(tmp_path, dtype):
 )
 def test_what_fp8_does_not_go_with_is_refused(method, overrides, words):
     with pytest.raises(VltrainError, match=words):
-        load_recipe(
-            None,
-            method=method,
-            model="base",
-            data=[Path("a.json")],
-            output=Path("out"),
-            overrides=[FP8, *overrides],
-        )
+        recipe_of(FP8, *overrides, method=method)
 
 
 def test_an_adapter_of_dora_is_not_continued_in_fp8(made, tmp_path):

@@ -1,11 +1,10 @@
 """How a recipe has the layers of a run: compiled or not, recomputed or not, by the memory."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from runs import recipe_of
 
-from vltrain.config import FreezeConfig, Recipe, load_recipe
+from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError
 from vltrain.models.adapters import Adapter, add_lora
 from vltrain.models.catalog import QWEN_VL
@@ -27,30 +26,19 @@ ZERO2, ZERO3 = (
 )
 
 
-def recipe(*overrides: str, method: str = "lora") -> Recipe:
-    return load_recipe(
-        None,
-        method=method,
-        model="base",
-        data=[Path("a.json")],
-        output=Path("out"),
-        overrides=overrides,
-    )
-
-
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch) -> None:
     monkeypatch.setattr(prepare, "has_compiler", lambda: True)
 
 
 def test_where_a_recipe_says_nothing_layers_are_left_to_transformers():
-    assert layer_runs_of(recipe(), NO_ENGINE) is None
-    assert training_arguments(recipe()).to_dict()["gradient_checkpointing"] is True
+    assert layer_runs_of(recipe_of(), NO_ENGINE) is None
+    assert training_arguments(recipe_of()).to_dict()["gradient_checkpointing"] is True
 
 
 @pytest.mark.parametrize(("recomputes", "every"), [("true", 1), ("false", 0)])
 def test_compiled_layers_are_recomputed_where_the_trainers_section_says_so(recomputes, every):
-    compiled = recipe("compile=true", f"trainer.gradient_checkpointing={recomputes}")
+    compiled = recipe_of("compile=true", f"trainer.gradient_checkpointing={recomputes}")
 
     assert layer_runs_of(compiled, NO_ENGINE) == LayerRuns(True, every)
     assert layer_runs_of(compiled, ZERO2) == LayerRuns(True, every)
@@ -58,36 +46,36 @@ def test_compiled_layers_are_recomputed_where_the_trainers_section_says_so(recom
 
 
 def test_by_itself_a_run_compiles_on_a_gpu_alone(monkeypatch):
-    auto = recipe("compile=auto")
+    auto = recipe_of("compile=auto")
     assert layer_runs_of(auto, NO_ENGINE) == LayerRuns(False, 1)
 
     monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: True)
 
     assert layer_runs_of(auto, NO_ENGINE).compiled
     assert not layer_runs_of(auto, ZERO3).compiled
-    assert not layer_runs_of(recipe("compile=auto", method="qlora"), NO_ENGINE).compiled
+    assert not layer_runs_of(recipe_of("compile=auto", method="qlora"), NO_ENGINE).compiled
 
 
 def test_layers_whose_weights_are_shared_out_are_not_compiled():
     with pytest.raises(VltrainError, match="gathers weights within the layers"):
-        layer_runs_of(recipe("compile=true"), ZERO3)
+        layer_runs_of(recipe_of("compile=true"), ZERO3)
 
 
 def test_without_a_compiler_a_run_says_so_before_it_begins(monkeypatch):
     monkeypatch.setattr(prepare, "has_compiler", lambda: False)
 
     with pytest.raises(VltrainError, match="needs a C\\+\\+ compiler"):
-        layer_runs_of(recipe("compile=true"), NO_ENGINE)
+        layer_runs_of(recipe_of("compile=true"), NO_ENGINE)
 
 
 def test_settings_of_the_recomputation_that_is_replaced_are_refused():
     with pytest.raises(VltrainError, match="layers are not recomputed by transformers"):
-        recipe("compile=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: true}")
+        recipe_of("compile=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: true}")
 
 
 @pytest.mark.parametrize(("memory", "every"), [("fast", 0), ("lean", 1), ("auto", 0)])
 def test_memory_says_what_is_recomputed_in_the_place_of_the_trainers_section(memory, every):
-    arranged = recipe(f"memory={memory}", "trainer.gradient_checkpointing=false")
+    arranged = recipe_of(f"memory={memory}", "trainer.gradient_checkpointing=false")
 
     assert layer_runs_of(arranged, NO_ENGINE) == LayerRuns(False, every)
 
@@ -115,7 +103,7 @@ KEPT_COMPILED = [*(LayerRuns(True, 0, kept) for kept in (1.0, 0.75, 0.5)), Layer
 @pytest.mark.parametrize(("compiled", "runs"), [(False, KEPT), (True, KEPT_COMPILED)])
 def test_by_itself_a_run_recomputes_as_little_as_fits_the_gpu(compiled, runs):
     run = run_of(compiled=compiled)
-    auto = recipe("memory=auto", f"compile={str(compiled).lower()}")
+    auto = recipe_of("memory=auto", f"compile={str(compiled).lower()}")
     needed = [way.estimate.comfortable for way in ways_to_fit(run)]
 
     assert needed == sorted(set(needed), reverse=True)
@@ -136,16 +124,16 @@ def test_what_a_run_recomputes_by_itself_is_said(compiled, said):
 def test_a_run_that_fits_in_no_way_recomputes_every_layer():
     fitted = fit_layers(run_of(), 2**30)
 
-    assert layers_of(recipe("memory=auto"), NO_ENGINE, fitted).recompute_every == 1
+    assert layers_of(recipe_of("memory=auto"), NO_ENGINE, fitted).recompute_every == 1
 
 
 def test_a_number_is_the_share_that_compiled_layers_keep():
-    half = recipe("compile=true", "memory=0.5")
+    half = recipe_of("compile=true", "memory=0.5")
 
     assert layer_runs_of(half, NO_ENGINE) == LayerRuns(True, 0, kept=0.5)
     with pytest.raises(VltrainError, match=r"0.5 is a share of what compiled layers keep"):
-        recipe("memory=0.5")
+        recipe_of("memory=0.5")
 
 
 def test_by_itself_a_share_is_none_where_nothing_is_compiled():
-    assert layer_runs_of(recipe("compile=auto", "memory=0.5"), NO_ENGINE) == LayerRuns(False, 1)
+    assert layer_runs_of(recipe_of("compile=auto", "memory=0.5"), NO_ENGINE) == LayerRuns(False, 1)

@@ -1,11 +1,10 @@
 """What of a recipe, beside model and batch, decides how much memory a run takes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from runs import recipe_of
 
-from vltrain.config import Recipe, load_recipe
+from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
@@ -14,17 +13,6 @@ from vltrain.workflows.memory import work_of
 from vltrain.workflows.run_data import Halves
 
 IN_STEPS = ("data.packing=true", "batch.samples=4", "data.row_tokens=100", "data.max_length=50")
-
-
-def recipe(*overrides: str, method: str = "lora") -> Recipe:
-    return load_recipe(
-        None,
-        method=method,
-        model="base",
-        data=[Path("a.json")],
-        output=Path("out"),
-        overrides=overrides,
-    )
 
 
 def accumulates(recipe: Recipe, halves: Halves | None = None) -> bool:
@@ -47,18 +35,18 @@ def packed(*lengths: int) -> Halves:
 
 
 def test_a_batch_that_is_a_whole_step_finds_no_gradients():
-    assert not accumulates(recipe("trainer.gradient_accumulation_steps=1"))
-    assert accumulates(recipe("trainer.gradient_accumulation_steps=2"))
+    assert not accumulates(recipe_of("trainer.gradient_accumulation_steps=1"))
+    assert accumulates(recipe_of("trainer.gradient_accumulation_steps=2"))
 
 
 def test_a_step_accumulates_where_its_longest_samples_do_not_fit_one_row():
-    assert not accumulates(recipe(*IN_STEPS), packed(25, 20, 25, 25, 25, 10))
-    assert accumulates(recipe(*IN_STEPS), packed(25, 26, 25, 25, 25, 10))
+    assert not accumulates(recipe_of(*IN_STEPS), packed(25, 20, 25, 25, 25, 10))
+    assert accumulates(recipe_of(*IN_STEPS), packed(25, 26, 25, 25, 25, 10))
 
 
 def test_without_data_the_samples_of_a_step_are_as_long_as_they_may_be():
-    assert accumulates(recipe(*IN_STEPS))
-    assert not accumulates(recipe(*IN_STEPS, "data.max_length=25"))
+    assert accumulates(recipe_of(*IN_STEPS))
+    assert not accumulates(recipe_of(*IN_STEPS, "data.max_length=25"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +67,7 @@ def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
     monkeypatch, settings: tuple[str, ...], method: str, compiled: bool
 ):
     monkeypatch.setattr(prepare, "has_compiler", lambda: True)
-    arranged = recipe(*settings, method=method)
+    arranged = recipe_of(*settings, method=method)
 
     work = work_of(arranged, training_arguments(arranged), NO_ENGINE, 1)
 
@@ -88,6 +76,6 @@ def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
 
 def test_layers_whose_weights_are_shared_out_count_as_not_compiled():
     zero3 = Engine("deepspeed", "asked for", {"zero_optimization": {"stage": 3}})
-    arranged = recipe("compile=auto")
+    arranged = recipe_of("compile=auto")
 
     assert not work_of(arranged, training_arguments(arranged), zero3, 2).compute.compiled
