@@ -167,7 +167,7 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def kernels(run: Callable[[], Any], count: int = 25) -> list[dict[str, Any]]:
+def kernels(run: Callable[[], Any], count: int = 60) -> list[dict[str, Any]]:
     """The kernels of one run that take longest: name, calls, milliseconds."""
     activities = [torch.profiler.ProfilerActivity.CUDA if ON_GPU else None]
     with torch.profiler.profile(activities=[a for a in activities if a] or None) as profile:
@@ -192,9 +192,13 @@ def measured(config: QwenVLConfig, options: argparse.Namespace) -> list[dict[str
         print(json.dumps(line), flush=True)
 
     for part in PARTS:
+        if options.only and part.name not in options.only:
+            continue
         model = one_layer(config, part)
         trace = options.trace and part.name == "compiled"
         note(part.name, layer_run(config, model, options.samples), trace=trace)
+    if options.only:
+        return lines
     model = one_layer(config, Part("compiled"))
     note("update of all adapters", update_run(model, 32))
     note("layer of the ViT", vision_run(model))
@@ -209,6 +213,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a file for the lines, beside stdout")
     parser.add_argument("--samples", type=int, default=4, help="of 2,048 tokens in a row")
     parser.add_argument("--count", type=int, default=20, help="of runs that are measured")
+    parser.add_argument("--only", nargs="+", help="parts of these names, and nothing else")
     parser.add_argument("--trace", action="store_true", help="name a layer's kernels")
     parser.add_argument("--tiny", action="store_true", help="small widths, on a CPU too")
     options = parser.parse_args()
