@@ -102,6 +102,11 @@ def test_one_process_of_torchruns_is_a_group_of_one():
     assert chosen("auto", processes=1, grouped=True).name == "ddp"
 
 
+@pytest.mark.parametrize("choice", ["auto", "ddp"])
+def test_one_process_of_torchruns_on_a_gpu_needs_no_engine(choice):
+    assert chosen(choice, processes=1, gib=80).name == "none"
+
+
 def test_several_processes_on_cpus_run_ddp():
     engine = chosen()
 

@@ -127,15 +127,22 @@ def choose_engine(
     if not machine.grouped:
         return NO_ENGINE
     if choice == "ddp":
-        return Engine("ddp", "the recipe asks for it")
+        return _ddp("the recipe asks for it", machine)
     if machine.gpu_bytes is None:
-        return Engine("ddp", "on CPUs the model is held whole")
+        return _ddp("on CPUs the model is held whole", machine)
     fitting, reason = _smallest_that_fits(machine, load(), allow_ddp=True)
     if fitting == "ddp":
-        return Engine("ddp", reason)
+        return _ddp(reason, machine)
     if not deepspeed_is_there():
         return Engine("fsdp2", f"{reason}, and DeepSpeed is not installed", layers=layers)
     return Engine("deepspeed", reason, read_deepspeed(fitting))
+
+
+def _ddp(reason: str, machine: Machine) -> Engine:
+    """DDP, but for a single process on a GPU, around whose model accelerate wraps nothing."""
+    if machine.processes == 1 and machine.gpu_bytes is not None:
+        return NO_ENGINE
+    return Engine("ddp", reason)
 
 
 def _smallest_that_fits(machine: Machine, load: Load, *, allow_ddp: bool) -> tuple[str, str]:
