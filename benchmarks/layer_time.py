@@ -6,7 +6,8 @@ One decoder layer of Qwen-VL's real widths with random weights, on packed rows o
 tokens, forwards and backwards: without adapters, with them, with their dropout, by how it is run.
 Beside it a layer of the frozen ViT on 8 pictures, the head with its loss on the learned tokens of
 8 samples, and an update of all adapters. Medians of runs behind ones that are not counted, each
-by the clock until the GPU is done; `--trace` adds the kernels of a layer that take longest.
+by the clock until the GPU is done; `--trace` adds the kernels that take longest: of a compiled
+layer of either kind, and of the head.
 `--tiny` runs all of it with small widths, on a CPU too, where its times mean nothing.
 """
 
@@ -201,9 +202,10 @@ def measured(config: QwenVLConfig, options: argparse.Namespace) -> list[dict[str
         return lines
     model = one_layer(config, Part("compiled"))
     note("update of all adapters", update_run(model, 32))
-    note("layer of the ViT", vision_run(model))
+    note("layer of the ViT", vision_run(model), trace=options.trace)
     learned = STEP_SAMPLES * (LONGEST - config.vision.n_queries - 2)
-    note("head and loss", head_run(config, model, learned if ON_GPU else 64))
+    head = head_run(config, model, learned if ON_GPU else 64)
+    note("head and loss", head, trace=options.trace)
     return lines
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vltrain.models.dropout import draw_seeds, forget_seeds, hash_dropouts
+from vltrain.models.folded_lora import fold_adapters, set_scales
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class _Forward:
         self.backend = backend  # None: not compiled
         self.recomputed = recomputed
         self.dropouts = [] if backend is None else hash_dropouts(layer)
+        self.adapters = [] if backend is None else fold_adapters(layer)
         self.learns = any(parameter.requires_grad for parameter in layer.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +93,7 @@ class _Forward:
         if self.learns and torch.is_grad_enabled() and not hidden_states.requires_grad:
             # The first layer's gradient is for nobody, but without it is another compilation.
             hidden_states = hidden_states.detach().requires_grad_()
+        set_scales(self.adapters, hidden_states.device)
         if self.dropouts:
             draw_seeds(self.dropouts, hidden_states.device)
         try:

@@ -98,8 +98,11 @@ class DecoderAttention(nn.Module):
     ) -> Tensor:
         """float [B, L, D] -> float [B, L, D]; `kwargs` go to the attention function."""
         mixed = self.c_attn(hidden_states).unflatten(-1, (3, -1, self.head_dim))
-        query, key, value = (part.transpose(1, 2) for part in mixed.unbind(2))  # [B, H, L, d]
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key, value = mixed.unbind(2)  # [B, L, H, d]
+        # Rotated in the order in which they lie: a compiler would write them in any other.
+        tables = [table.transpose(1, 2) for table in rotary]
+        query, key = rotate(query, *tables), rotate(key, *tables)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)
         if past_key_values is not None:

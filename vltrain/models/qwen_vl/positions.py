@@ -50,7 +50,10 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to float [B, H, L, head_dim]; the dtype stays."""
+    """Apply rotary positions to float [B, H, L, head_dim]; the dtype stays.
+
+    Any order of dimensions will do that the tables have too.
+    """
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x.float() * cos + turned * sin).to(x.dtype)

@@ -1,0 +1,61 @@
+"""LoRA of compiled layers: `peft`'s arithmetic with the scale folded into the small matrix.
+
+`peft` scales what an adapter adds, as wide as the layer's output. On the way back that makes a
+second copy of each output's gradient; and the compiler takes the scale, a Python number, for one
+that may change, and builds C++ for it on the host. Folded into `B`, whose cast is a kernel anyway,
+it costs nothing: y = W x + (s B) A dropout(x) (arXiv:2106.09685, section 4.1).
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FoldedLinear(Linear):
+    """A `peft` adapter of a linear layer; all but plain LoRA of one adapter is left to `peft`."""
+
+    folded_scale: Tensor | None = None  # float32 scalar; no buffer, which DDP would share
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """float [..., D] -> float [..., E]."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.folded_scale is None or args or kwargs or not _is_plain(self, names):
+            return super().forward(x, *args, **kwargs)
+        (name,) = names
+        result = self.base_layer(x)
+        wide = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+        added = F.linear(self.lora_A[name](wide), self.lora_B[name].weight * self.folded_scale)
+        return (result + added).to(result.dtype)
+
+
+def _is_plain(layer: Linear, names: list[str]) -> bool:
+    return (
+        len(names) == 1
+        and not (layer.disable_adapters or layer.merged)
+        and names[0] not in layer.lora_variant
+        and layer.lora_B[names[0]].bias is None
+    )
+
+
+def fold_adapters(layer: nn.Module) -> list[FoldedLinear]:
+    """Let the adapters of a layer's linear ones fold their scale, in place; those that do.
+
+    Adapters of quantized layers have classes of their own and stay as they are. As long as
+    scales are not set nothing changes.
+    """
+    for module in layer.modules():
+        if type(module) is Linear:
+            module.__class__ = FoldedLinear
+    return [module for module in layer.modules() if isinstance(module, FoldedLinear)]
+
+
+def set_scales(adapters: list[FoldedLinear], device: torch.device) -> None:
+    """Give each its scale as a tensor, where it is to be computed with."""
+    for adapter in adapters:
+        names = [name for name in adapter.active_adapters if name in adapter.lora_A]
+        scale = adapter.folded_scale
+        if len(names) == 1 and (scale is None or scale.device != device):
+            adapter.folded_scale = torch.tensor(adapter.scaling[names[0]], device=device)
