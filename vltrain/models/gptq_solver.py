@@ -47,7 +47,7 @@ class Codes:
         groups = self.scales.size(1)
         zeros = torch.full((groups, outputs), ZERO - 1, dtype=torch.uint8)
         return {
-            "qweight": packed(self.codes.cpu()).T.contiguous(),
+            "qweight": packed(self.codes).T.contiguous().cpu(),
             "qzeros": packed(zeros),
             "scales": self.scales.T.contiguous().cpu(),
             "g_idx": (torch.arange(inputs) // (inputs // groups)).int(),
@@ -58,7 +58,7 @@ class Codes:
 def packed(codes: Tensor) -> Tensor:
     """Codes uint8 [R, C] as int32 [R, C / 8], eight in each number, the first one lowest."""
     eights = codes.to(torch.int64).unflatten(1, (-1, PER_WORD))
-    words = (eights << torch.arange(0, 32, BITS)).sum(-1)
+    words = (eights << torch.arange(0, 32, BITS, device=codes.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 

@@ -129,7 +129,7 @@ def quantize(
     )
     with whole_folder(out) as draft:
         made = _pack(network, family, chosen, place, console)
-        write_packed(source.path, network, made.tensors, draft)
+        write_packed(source.path, plain_tensors(network) | made.tensors, draft)
         report = description(source, data, chosen, made) | {"files": file_list(draft)}
         write_report(draft, report, QUANTIZE_REPORT)
         console.print("reading it back in a fresh process")
@@ -292,19 +292,19 @@ def _pack(
         return pack_decoder(network, family, chosen.calibration, chosen.held_out, device, on_layer)
 
 
-def write_packed(
-    base: Path, network: PreTrainedModel, packed: dict[str, Tensor], draft: Path
-) -> None:
+def plain_tensors(network: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a packed model that are not packed."""
+    return {name: t for name, t in network.state_dict().items() if t.device.type != "meta"}
+
+
+def write_packed(base: Path, tensors: dict[str, Tensor], draft: Path) -> None:
     """Write a packed model in the layout of Qwen-VL-Chat-Int4.
 
     Args:
         base: the model's folder, whose other files come along.
-        network: its other tensors.
-        packed: those in the place of its packed weights.
+        tensors: all of it, packed and plain ones.
         draft: an existing folder to write into.
     """
-    plain = {name: t for name, t in network.state_dict().items() if t.device.type != "meta"}
-    tensors = plain | packed
     copy_companions(base, checkpoint_dtype(base), draft)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     save_shards(shapes, lambda name: tensors[name].detach().contiguous(), draft)
