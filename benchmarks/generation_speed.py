@@ -162,6 +162,7 @@ class Answers:
             "all_seconds": wholes,
             "warm_up_seconds": warm,
             "same_tokens": float((said == self.first).float().mean()),
+            "same_first_tokens": int((said == self.first).int().cumprod(0).sum()),
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
         }

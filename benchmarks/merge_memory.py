@@ -13,7 +13,10 @@ pages of mapped files too, which the system takes back when it needs them. Linux
 import argparse
 import importlib.util
 import json
+import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +33,7 @@ from vltrain.models.adapters import Adapter, lora_config, wrap_plain_layers_firs
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.census import skeleton
 from vltrain.models.fingerprint import weights_hash
+from vltrain.models.quantization import Nf4
 from vltrain.models.qwen_vl import QwenVLConfig
 from vltrain.models.saving import Origin, save_shards, write_origin
 
@@ -51,31 +55,50 @@ class Memory:
         )
 
 
-def write_base(folder: Path, layers: int, vision_layers: int) -> Path:
+def cut_config(layers: int, vision_layers: int) -> QwenVLConfig:
+    """The published widths with fewer layers."""
+    config = QwenVLConfig(num_hidden_layers=layers)
+    return QwenVLConfig(num_hidden_layers=layers, visual=config.visual | {"layers": vision_layers})
+
+
+def installed_vocabulary() -> Path:
+    """`qwen.tiktoken` of the package dashscope."""
+    package = Path(importlib.util.find_spec("dashscope").origin).parent
+    return package / "resources" / "qwen.tiktoken"
+
+
+def write_base(folder: Path, config: QwenVLConfig, vocabulary: Path) -> Path:
     """A published folder with random weights in bf16, written shard by shard."""
     folder.mkdir()
-    config = QwenVLConfig(num_hidden_layers=layers)
-    visual = config.visual | {"layers": vision_layers}
-    values = {**config.to_dict(), "visual": visual, "model_type": "qwen"}
-    values |= {"torch_dtype": "bfloat16"}
+    values = {**config.to_dict(), "model_type": "qwen", "torch_dtype": "bfloat16"}
     values.pop("dtype", None)
     (folder / "config.json").write_text(json.dumps(values))
-    vocabulary = Path(importlib.util.find_spec("dashscope").origin).parent / "resources"
-    shutil.copy(vocabulary / "qwen.tiktoken", folder)
+    shutil.copyfile(vocabulary, folder / "qwen.tiktoken")
     model = skeleton(QWEN_VL, QwenVLConfig.from_published(values), torch.bfloat16)
     shapes = dict(model.named_parameters())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def read(name: str) -> torch.Tensor:
-        return torch.empty(shapes[name].shape, dtype=torch.bfloat16).normal_(std=0.02)
+        tensor = torch.empty(shapes[name].shape, dtype=torch.bfloat16, device=device)
+        tensor.normal_(std=0.02)
+        return (tensor + 1 if "ln_" in name and name.endswith("weight") else tensor).cpu()
 
     save_shards(shapes, read, folder)
     return folder
 
 
-def write_adapter(folder: Path, base: Path) -> Path:
-    """An adapter of rank 64 on the base's default layers, with random second matrices."""
+def write_adapter(folder: Path, base: Path, scale: float = 0.01, nf4: Nf4 | None = None) -> Path:
+    """An adapter of rank 64 on the base's default layers, with random matrices.
+
+    Args:
+        folder: to make.
+        base: what it says it was trained on.
+        scale: standard deviation of its numbers.
+        nf4: how it says the base was held meanwhile.
+    """
     folder.mkdir()
     values = json.loads((base / "config.json").read_text())
+    values.pop("quantization_config", None)
     model = skeleton(QWEN_VL, QwenVLConfig.from_published(values), torch.bfloat16)
     config = lora_config(QWEN_VL, FreezeConfig(), Adapter())
     config.init_lora_weights = False  # there is nothing to begin from without memory
@@ -83,12 +106,12 @@ def write_adapter(folder: Path, base: Path) -> Path:
     with torch.device("meta"):
         wrapped = get_peft_model(model, config)
     shapes = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    tensors = {name: torch.randn(tensor.shape) * 0.01 for name, tensor in shapes.items()}
+    tensors = {name: torch.randn(tensor.shape) * scale for name, tensor in shapes.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.init_lora_weights = True
     config.base_model_name_or_path = str(base)
     config.save_pretrained(folder)
-    write_origin(Origin(str(base), base, None, weights_hash(base)), folder)
+    write_origin(Origin(str(base), base, None, weights_hash(base), nf4), folder)
     return folder
 
 
@@ -124,8 +147,12 @@ def memory_of_imports() -> Memory:
     return now
 
 
-def peak_of(command: list[str], imports: Memory) -> tuple[Memory, float]:
-    """The peaks of a command and what it starts, together, above imports; and its seconds."""
+def peak_of(command: list[str], imports: Memory, limit: float = math.inf) -> tuple[Memory, float]:
+    """The peaks of a command and what it starts, together, above imports; and its seconds.
+
+    Raises:
+        SystemExit: it failed, or has not ended within `limit` seconds and was killed.
+    """
     began = time.monotonic()
     process = subprocess.Popen(command)
     anonymous = resident = 0
@@ -133,6 +160,14 @@ def peak_of(command: list[str], imports: Memory) -> tuple[Memory, float]:
         found = [m.above(imports) for pid in tree(process.pid) if (m := memory_of(pid))]
         anonymous = max(anonymous, sum(m.anonymous for m in found))
         resident = max(resident, sum(m.resident for m in found))
+        if time.monotonic() - began > limit:
+            for pid in tree(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+            raise SystemExit(
+                f"{' '.join(command)} has not ended in {limit:.0f} s; so far "
+                f"{anonymous / 2**30:.2f} GiB anonymous"
+            )
         time.sleep(POLL_SECONDS)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
@@ -149,7 +184,8 @@ def main() -> None:
     torch.manual_seed(0)
     arguments.folder.mkdir(parents=True)
     try:
-        base = write_base(arguments.folder / "base", arguments.layers, arguments.vision_layers)
+        config = cut_config(arguments.layers, arguments.vision_layers)
+        base = write_base(arguments.folder / "base", config, installed_vocabulary())
         adapter = write_adapter(arguments.folder / "adapter", base)
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         names = ("torch", "transformers", "peft", "safetensors")
