@@ -150,7 +150,8 @@ def start(
 ) -> subprocess.Popen[str]:
     """A group of processes at work on one cell."""
     script = str(Path(__file__).with_name("engine_cells.py"))
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    torchrun.append(f"--nproc-per-node={processes}")
     return subprocess.Popen(
         [sys.executable, *(torchrun if processes > 1 else []), script, kind, str(results), what],
         env=environment(bench),

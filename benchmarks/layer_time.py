@@ -57,7 +57,7 @@ PARTS = (
     Part("compiled"),
     Part("compiled, no dropout", dropout=0.0),
     Part("compiled, no adapters", adapters=False),
-    *(Part(f"compiled, {s:.0%} kept", runs=LayerRuns(True, 0, s)) for s in (0.7, 0.5)),
+    *(Part(f"compiled, {s:.0%} kept", runs=LayerRuns(True, 0, s)) for s in (0.7, 0.5, 0.0)),
     Part("compiled, recomputed", runs=LayerRuns(True, 1)),
 )
 

@@ -93,6 +93,7 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
         *together,
         replace(whole, tokens=longest),
         replace(lean, tokens=longest),
+        replace(lean, name="all, lean, 0% kept", tokens=longest, recompute_every=0, kept=0.0),
         replace(packed, tokens=middle),
         replace(plain, tokens=middle),
         replace(plain, name="no recomputation alone", tokens=middle, recompute_every=0),
