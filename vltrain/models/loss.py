@@ -6,6 +6,10 @@ them all holds several times as much.
 Dimension letters: `B` batch, `L` tokens, `D` width, `T` learned tokens of it, `V` vocabulary.
 """
 
+import logging
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +18,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
-ROWS = 256  # of the logits that are widened to float32 at a time
+ROWS = 256  # of the logits that are widened to float32 at a time, where kernels do not serve
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+logger = logging.getLogger(__name__)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -23,25 +30,76 @@ class SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
         """float [T, V] and int64 [T] -> float32 scalar."""
-        norms = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
-        chosen = torch.empty_like(norms)
-        for rows in _row_blocks(logits.size(0)):
-            wide = logits[rows].float()
-            norms[rows] = wide.logsumexp(-1)
-            chosen[rows] = wide.gather(1, targets[rows, None])[:, 0]
+        kernels = kernels_for(logits)
+        compute = _row_losses if kernels is None else kernels.row_losses
+        norms, losses = compute(logits, targets)
         ctx.save_for_backward(logits, targets, norms)
-        return (norms - chosen).sum()
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         logits, targets, norms = ctx.saved_tensors
         gradient = logits.detach()  # the same memory: a second backward is an error of autograd's
-        for rows in _row_blocks(logits.size(0)):
-            wide = (logits[rows].float() - norms[rows, None]).exp_()
-            wide.scatter_add_(1, targets[rows, None], torch.full_like(norms[rows, None], -1.0))
-            gradient[rows] = wide.mul_(scale).to(gradient.dtype)
+        kernels = kernels_for(gradient)
+        put = _put_gradient if kernels is None else kernels.put_gradient
+        put(gradient, targets, norms, scale)
         return gradient, None
+
+
+def kernels_for(logits: Tensor) -> ModuleType | None:
+    """`loss_kernels` where it serves these logits; None where torch's own operations have to.
+
+    What is being compiled is left to the compiler, which fuses torch's own.
+    """
+    serves = (
+        not torch.compiler.is_compiling()
+        and logits.is_cuda
+        and type(logits) is Tensor  # a fake one has no memory
+        and logits.dtype in KERNEL_DTYPES
+        and logits.stride(1) == 1
+        and logits.stride(0) >= logits.size(1)  # or rows would share memory
+    )
+    return _working_kernels(logits.device, logits.dtype) if serves else None
+
+
+@cache
+def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """`loss_kernels`, once it has computed something on this GPU; None where it cannot."""
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    logits = torch.zeros(1, 8, dtype=dtype, device=device)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        from vltrain.models import loss_kernels
+
+        norms, losses = loss_kernels.row_losses(logits, target)
+        loss_kernels.put_gradient(logits, target, norms, losses.sum())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as why:  # no C compiler, no headers of Python, an unknown driver
+        logger.warning("the loss takes longer, for triton does not work here: %s", why)
+        return None
+    return loss_kernels
+
+
+def _row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `loss_kernels.row_losses` computes, on any device."""
+    norms = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
+    chosen = torch.empty_like(norms)
+    for rows in _row_blocks(logits.size(0)):
+        wide = logits[rows].float()
+        norms[rows] = wide.logsumexp(-1)
+        chosen[rows] = wide.gather(1, targets[rows, None])[:, 0]
+    return norms, norms - chosen
+
+
+def _put_gradient(logits: Tensor, targets: Tensor, norms: Tensor, scale: Tensor) -> None:
+    """What `loss_kernels.put_gradient` does, on any device."""
+    for rows in _row_blocks(logits.size(0)):
+        wide = (logits[rows].float() - norms[rows, None]).exp_()
+        wide.scatter_add_(1, targets[rows, None], torch.full_like(norms[rows, None], -1.0))
+        logits[rows] = wide.mul_(scale).to(logits.dtype)
 
 
 def _row_blocks(count: int) -> list[slice]:

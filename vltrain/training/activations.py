@@ -173,7 +173,8 @@ def logits_forward(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> in
 
     A loss in blocks holds the logits of learned tokens (c) and, of one block, the float32 logits
     and the two steps of a log-sum-exp. A loss of one piece holds the logits of all tokens (c),
-    them in float32, and their log-softmax.
+    them in float32, and their log-softmax. Kernels of a GPU hold no block in float32, but do not
+    serve everywhere.
     """
     d, c = sizes.decoder, compute.bytes
     if sizes.loss_rows is None:
