@@ -60,12 +60,8 @@ def mean_loss(model: nn.Module, samples: SampleDataset) -> float:
     return torch.cat(losses).mean().item()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_the_eval_loss_is_the_mean_over_learned_tokens_whatever_the_batch_size(
-    base, model, samples, mean_loss, tmp_path, batch_size
-):
+def evaluator(base: Path, model: nn.Module, samples: SampleDataset, batch_size: int) -> Trainer:
     arguments = TrainingArguments(
-        str(tmp_path),
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
@@ -73,12 +69,34 @@ def test_the_eval_loss_is_the_mean_over_learned_tokens_whatever_the_batch_size(
         per_device_eval_batch_size=batch_size,
     )
     collator = Collator(load_processor(base).pad_id)
-    trainer = Trainer(model=model, args=arguments, eval_dataset=samples, data_collator=collator)
+    return Trainer(model=model, args=arguments, eval_dataset=samples, data_collator=collator)
 
-    measured = trainer.evaluate()
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_the_eval_loss_is_the_mean_over_learned_tokens_whatever_the_batch_size(
+    base, model, samples, mean_loss, tmp_path, monkeypatch, batch_size
+):
+    monkeypatch.chdir(tmp_path)
+
+    measured = evaluator(base, model, samples, batch_size).evaluate()
 
     assert measured["eval_loss"] == pytest.approx(mean_loss, abs=1e-5)
     assert measured["eval_samples_per_second"] > 0
+
+
+def test_evaluation_computes_logits_of_learned_tokens_and_one_more_of_each_sample(
+    base, model, samples, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    places = []
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda head, args: places.append(args[0].shape[:-1].numel())
+    )
+
+    evaluator(base, model, samples, 3).evaluate()
+
+    hook.remove()
+    assert sum(places) == sum(learned(HeldOutShare(samples, 0, 1))) + len(samples)
 
 
 def learned(share: HeldOutShare) -> Iterator[int]:

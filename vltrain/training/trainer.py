@@ -230,10 +230,15 @@ class Trainer(ResumableTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
-        """Add a batch to the eval loss, which `transformers` would weigh by samples."""
+        """Add a batch to the eval loss, which `transformers` would weigh by samples.
+
+        The loss has logits of its own: of those that a model returns beside it, and that autocast
+        would widen to float32, one of each sample is the least there is.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**inputs, num_items_in_batch=1).loss  # the sum over learned tokens
+            out = model(**inputs, num_items_in_batch=1, logits_to_keep=1)
+        loss = out.loss  # the sum over learned tokens
         self._held_out.add(loss, inputs["labels"])
         return None, None, None
 
