@@ -131,21 +131,21 @@ def solve(weight: Tensor, moments: Tensor, group_size: int = GROUP_SIZE) -> Code
     factor = _inverse_factor(moments, unused)
     all_codes, all_scales = [], []
     for start in range(0, left.size(1), group_size):
-        group = left[:, start : start + group_size]  # a view
-        rows = factor[start : start + group_size]
+        end = start + group_size
+        group = left[:, start:end].clone()  # its columns lie close to each other
+        rows = factor[start:end] / factor.diagonal()[start:end, None]
         scales = scales_of(group)
-        codes = torch.empty_like(group, dtype=torch.uint8)
-        errors = torch.empty_like(group)
-        for place in range(group.size(1)):
+        wide = scales.float()
+        levels, lost = torch.empty_like(group), torch.empty_like(group)
+        for place in range(group.size(1)):  # few operations: on a GPU their number is the time
             column = group[:, place : place + 1]
-            codes[:, place : place + 1] = rounded = nearest(column, scales)
-            kept = (rounded.float() - ZERO) * scales.float()
-            pivot = start + place
-            error = (column - kept) / factor[pivot, pivot]
-            group[:, place:] -= error * factor[pivot, pivot : start + group_size]
-            errors[:, place : place + 1] = error
-        left[:, start + group_size :] -= errors @ rows[:, start + group_size :]
-        all_codes.append(codes)
+            level = (column / wide).round_().clamp_(-ZERO, LARGEST - ZERO)
+            gone = torch.addcmul(column, level, wide, value=-1)
+            levels[:, place : place + 1] = level
+            lost[:, place : place + 1] = gone
+            group[:, place:].addcmul_(gone, rows[place, start + place : end], value=-1)
+        left[:, end:] -= lost @ rows[:, end:]
+        all_codes.append((levels + ZERO).to(torch.uint8))
         all_scales.append(scales)
     return Codes(torch.cat(all_codes, dim=1), torch.cat(all_scales, dim=1))
 
