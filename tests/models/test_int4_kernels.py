@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from tiny import write_gptq
+from transformers import CompileConfig
 
+from vltrain.config import FreezeConfig
+from vltrain.evaluation.compiled import CompiledSteps
 from vltrain.evaluation.generation import Decoding, Prompt, say
 from vltrain.models import load_model, load_processor
+from vltrain.models.adapters import Adapter, add_lora
+from vltrain.models.catalog import QWEN_VL
 from vltrain.models.int4_kernels import Int4Linear, use_kernel
 
 LAYER = "transformer.h.0.mlp.c_proj"
@@ -78,3 +84,62 @@ def test_it_says_what_it_said(packed):
     use_kernel(model)
 
     assert say(model, processor, prompt, Decoding(8)) == before
+
+
+def with_adapter(folder, dtype="auto", **options):
+    """A packed model with an adapter on it that changes what it says."""
+    adapter = Adapter(r=4, alpha=8, **options)
+    model = add_lora(load_model(folder, dtype=dtype), QWEN_VL, FreezeConfig(), adapter, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.mark.slow
+def test_layers_below_an_adapter_are_in_the_kernel_and_the_adapter_counts(packed):
+    model = with_adapter(packed[1])
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        made = use_kernel(model)
+        after = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            alone = model(input_ids=IDS).logits
+
+    assert made == 10
+    left = {type(m).__name__ for m in model.modules() if "qweight" in m._buffers}
+    assert not left
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert adapted
+    assert all(isinstance(m.get_base_layer(), Int4Linear) for m in adapted)
+    assert (after - before).norm() < 0.002 * before.norm()
+    assert (alone - before).norm() > 0.05 * before.norm()
+
+
+@pytest.mark.slow
+def test_an_adapter_on_packed_layers_answers_from_a_compiled_step(packed):
+    model, processor = with_adapter(packed[1]), load_processor(packed[1])
+    prompt = Prompt(processor.text_ids("What is it?"))
+    before = say(model, processor, prompt, Decoding(8))
+    use_kernel(model)
+    graphs = []
+    how = CompileConfig(
+        backend=lambda graph, _: graphs.append(graph) or graph.forward, mode=None, dynamic=False
+    )
+    how._compile_all_devices = True
+
+    said = say(model, processor, prompt, Decoding(8), steps=CompiledSteps(model, how))
+
+    assert said == before
+    assert len(graphs) == 1
+    assert model.hf_quantizer.is_compileable
+
+
+def test_embeddings_that_learned_in_float32_leave_the_kernel_in_the_dtype_of_the_base(packed):
+    model = with_adapter(packed[1], dtype="bf16", embeddings=True)
+    assert model.get_input_embeddings().weight.dtype is torch.float32
+
+    assert use_kernel(model) == 10
+    kinds = {m.scales_and_shifts.dtype for m in model.modules() if isinstance(m, Int4Linear)}
+    assert kinds == {torch.bfloat16}

@@ -61,21 +61,25 @@ def use_kernel(model: PreTrainedModel) -> int:
     another output in it, stays as it is.
 
     Args:
-        model: in eval mode, with packed layers as `load_model` makes them, on its device.
+        model: in eval mode, with packed layers as `load_model` makes them, on its device; an
+            adapter may be on it.
 
     Returns:
         How many layers are in the kernel.
     """
     made = 0
-    dtype = model.get_input_embeddings().weight.dtype  # packed layers have float16 in any model
+    embeddings = model.get_input_embeddings()
+    embeddings = getattr(embeddings, "original_module", embeddings)  # a copy that learned is wider
+    dtype = embeddings.weight.dtype  # packed layers have float16 in any model
     for name, layer in list(model.named_modules()):
         if "qweight" not in layer._buffers or not _served(layer, dtype):
             continue
         fast = Int4Linear(layer, dtype)
         if not _alike(layer, fast, dtype):
             continue
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, fast)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        for own in [key for key, child in parent._modules.items() if child is layer]:
+            setattr(parent, own, fast)  # peft has the layer below an adapter under two names
         made += 1
     quantizer = getattr(model, "hf_quantizer", None)
     if made and quantizer is not None:

@@ -17,7 +17,7 @@ def load_for_answers(folder: Path, adapter: Path | None = None) -> tuple[PreTrai
     """A model, on the GPU if there is one, and its processor.
 
     Weights are bfloat16 on a GPU that has it and float32 elsewhere. A base that GPTQ packed answers
-    in a kernel that multiplies 4 bits where the GPU has one, unless an adapter is on it.
+    in a kernel that multiplies 4 bits where the GPU has one, with an adapter on it too.
 
     Args:
         folder: of a base or merged model; without `adapter` also of an adapter, whose base is
@@ -37,9 +37,10 @@ def load_for_answers(folder: Path, adapter: Path | None = None) -> tuple[PreTrai
         from vltrain.models.adapted import find_base, load_adapted  # peft takes seconds to import
 
         base = find_base(adapter or folder, None if adapter is None else str(folder))
-        network = load_adapted(adapter or folder, base, dtype=dtype)
-        return network.to(device), load_processor(base.path)
-    network = load_model(folder, dtype=dtype, device=device)
+        network = load_adapted(adapter or folder, base, dtype=dtype).to(device)
+        folder = base.path
+    else:
+        network = load_model(folder, dtype=dtype, device=device)
     if device == "cuda" and is_gptq(network):
         use_kernel(network)
     return network, load_processor(folder)
