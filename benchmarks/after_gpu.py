@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="conversations to calibrate on")
     parser.add_argument("--context", type=int, default=2048, help="tokens, the answer's included")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--adapter-tokens", type=int, default=32, help="with an adapter on Int4")
+    parser.add_argument("--adapter-tokens", type=int, default=64, help="with an adapter on Int4")
     parser.add_argument("--threads", type=int, default=12, help="of each process on the CPU")
     parser.add_argument("--seconds", type=float, default=270, help="for all together")
     parser.add_argument("--tiny", action="store_true")

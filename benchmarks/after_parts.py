@@ -183,7 +183,7 @@ def load_int4(folder: Path, adapter: Path | None = None) -> tuple[nn.Module, int
     peak_gib()
     began = time.perf_counter()
     model, _ = load_for_answers(folder, adapter)
-    if not torch.cuda.is_available() and adapter is None:
+    if not torch.cuda.is_available():
         use_kernel(model)
     settle()
     loading: Row = {"load_seconds": time.perf_counter() - began, "load_peak_gib": peak_gib()}
