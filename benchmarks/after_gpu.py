@@ -35,9 +35,9 @@ from vltrain.models.quantization import Nf4
 from vltrain.models.qwen_vl import QwenVLConfig
 
 LANES: tuple[dict[str, float], ...] = (
-    {"int4": 190, "quantize": 200},
-    {"merge": 240, "low-memory": 150},
-    {"logits": 200},
+    {"int4": 240, "quantize": 200},
+    {"merge": 300, "low-memory": 150},
+    {"logits": 300},
 )
 """The parts of each lane in their order, and the seconds after which one is given up.
 

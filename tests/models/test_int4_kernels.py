@@ -1,5 +1,7 @@
 """Packed layers in a kernel made for answers: the same outputs, and no training."""
 
+import weakref
+
 import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -43,6 +45,16 @@ def test_the_kernel_computes_in_the_dtype_of_the_model(packed):
     assert use_kernel(model) == 10
     assert model.get_submodule(LAYER).scales_and_shifts.dtype is torch.bfloat16
     assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_what_a_packed_layer_held_is_let_go_at_once(packed):
+    model = load_model(packed[1])
+    layer = model.get_submodule(LAYER)  # held by somebody, as GPTQModel's layers hold themselves
+    codes = weakref.ref(layer.qweight)
+
+    use_kernel(model)
+
+    assert codes() is None
 
 
 def test_a_layer_multiplies_the_weight_that_it_stands_for(packed):

@@ -80,6 +80,7 @@ def use_kernel(model: PreTrainedModel) -> int:
         parent = model.get_submodule(name.rpartition(".")[0])
         for own in [key for key, child in parent._modules.items() if child is layer]:
             setattr(parent, own, fast)  # peft has the layer below an adapter under two names
+        layer._buffers.clear()  # something that goes in a circle holds it: it would stay for a time
         made += 1
     quantizer = getattr(model, "hf_quantizer", None)
     if made and quantizer is not None:
