@@ -52,9 +52,23 @@ def resize_positions(positions: Tensor, count: int) -> Tensor:
         raise ValueError(f"positions need square grids, not {positions.size(0)} -> {count}")
     if source == target:
         return positions
-    grid = positions.float().reshape(1, source, source, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
+    with torch.autocast(positions.device.type, enabled=False):
+        line = bicubic_line(source, target, positions.device)
+        rows = line @ positions.float().reshape(source, -1)  # [target, S C]
+        grid = line @ rows.unflatten(1, (source, -1))  # [target, target, C]
+    return grid.flatten(0, 1).to(positions.dtype)
+
+
+def bicubic_line(source: int, target: int, device: torch.device) -> Tensor:
+    """What stretches a line of places bicubically: float32 [target, source].
+
+    A grid is stretched along one side, then along the other. `F.interpolate` on the grid itself
+    goes through all channels in one thread for each place, for milliseconds on a GPU.
+    """
+    places = torch.eye(source, dtype=torch.float32, device=device)[:, None, :, None]
+    return F.interpolate(places, size=(target, 1), mode="bicubic", align_corners=False)[
+        :, 0, :, 0
+    ].T
 
 
 class VisionAttention(nn.Module):
@@ -117,6 +131,25 @@ class VisionLayers(nn.Module):
         return x
 
 
+class CrossAttention(nn.MultiheadAttention):
+    """Attention of the same queries to each picture's patches; the parameters are the parent's.
+
+    The parent's own `forward` puts places before pictures, after which a product over places is
+    one for each place.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries [Q, D], keys and values [N, P, D], all float, -> float [N, Q, D]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query, key, value = (
+            F.linear(*one).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+            for one in zip((query, key, value), weights, biases, strict=True)
+        )
+        query = query.expand(key.size(0), -1, -1, -1).contiguous()
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
 class Resampler(nn.Module):
     """Compress the patches of each picture to a fixed number of image tokens.
 
@@ -134,7 +167,7 @@ class Resampler(nn.Module):
         self.kv_proj: nn.Module = (
             nn.Linear(sizes.width, dim, bias=False) if sizes.width != dim else nn.Identity()
         )
-        self.attn = nn.MultiheadAttention(dim, dim // RESAMPLER_HEAD_DIM, batch_first=True)
+        self.attn = CrossAttention(dim, dim // RESAMPLER_HEAD_DIM)
         self.ln_q = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.ln_kv = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
@@ -153,8 +186,7 @@ class Resampler(nn.Module):
         value = self.ln_kv(self.kv_proj(patches))
         key = value + resize_positions(self.pos_embed, patches.size(1)).to(value.dtype)
         query = self.ln_q(self.query) + self.pos_embed
-        query = query.to(value.dtype).expand(patches.size(0), -1, -1)
-        return self.attn(query, key, value, need_weights=False)[0]
+        return self.attn(query.to(value.dtype), key, value)
 
 
 class VisionTower(nn.Module):
