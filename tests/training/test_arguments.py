@@ -8,7 +8,12 @@ import pytest
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe, load_recipe
-from vltrain.training.arguments import _implied_copies, step_count, training_arguments
+from vltrain.training.arguments import (
+    _implied_copies,
+    loading_workers,
+    step_count,
+    training_arguments,
+)
 from vltrain.training.engines import Engine
 
 
@@ -79,3 +84,23 @@ def test_what_a_recipe_says_of_copies_holds(recipe, monkeypatch):
     arguments = training_arguments(replace(recipe, trainer=recipe.trainer | said))
 
     assert not arguments.accelerator_config.non_blocking
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cores", "processes", "trainer", "workers"),
+    [
+        (True, 16, 1, {}, 4),
+        (True, 16, 8, {}, 1),
+        (True, 2, 2, {}, 0),
+        (True, 16, 1, {"dataloader_num_workers": 9}, 9),
+        (False, 16, 1, {}, 0),
+    ],
+)
+def test_beside_a_gpu_processes_open_pictures_as_far_as_there_are_cores(
+    monkeypatch, gpu, cores, processes, trainer, workers
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+    assert loading_workers(trainer) == workers

@@ -29,6 +29,8 @@ COUNTS = (
 """`trainer:` keys of which a step needs at least one."""
 
 
+LOADING_WORKERS = 4  # what the recipes that come along have
+
 ENGINE_SWITCHES = (
     "ACCELERATE_USE_CPU",  # makes DDP of DeepSpeed without a word
     "ACCELERATE_USE_DEEPSPEED",
@@ -64,6 +66,7 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
         "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
         "disable_tqdm": True,
         **_implied_copies(recipe.trainer),
+        "dataloader_num_workers": loading_workers(recipe.trainer),
         "eval_strategy": "no",
     }
     if recipe.arranges_layers:
@@ -111,6 +114,17 @@ def _implied_copies(trainer: Mapping[str, Any]) -> dict[str, Any]:
     pinned = torch.cuda.is_available() and trainer.get("dataloader_pin_memory", True)
     copies = {"accelerator_config": {"non_blocking": True}} if pinned else {}
     return {"dataloader_pin_memory": pinned, **copies}
+
+
+def loading_workers(trainer: Mapping[str, Any]) -> int:
+    """Processes that open pictures for each process that trains, where a recipe says nothing.
+
+    On a CPU none: they would take the cores from training.
+    """
+    among = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = min(LOADING_WORKERS, (os.cpu_count() or 1) // among - 1)
+    implied = max(spare, 0) if torch.cuda.is_available() else 0
+    return int(trainer.get("dataloader_num_workers", implied))
 
 
 def _refuse_wrong_types(settings: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vltrain import __version__
 from vltrain.config import Recipe
+from vltrain.training.arguments import loading_workers
 from vltrain.training.flops import CPU_SIDE, GPU_SIDE
 
 WAITING_LIMIT = 0.01  # share of the time from which on waiting for data is worth a word
@@ -62,7 +63,7 @@ class Setting:
     @property
     def workers(self) -> int:
         """Processes that read data."""
-        return int(self.recipe.trainer.get("dataloader_num_workers", 0))
+        return loading_workers(self.recipe.trainer)
 
     @property
     def workers_in_words(self) -> str:
