@@ -92,6 +92,7 @@ def step_arguments(steps: int, accumulation: int, **others: Any) -> TrainingArgu
         "bf16": on_gpu,
         "use_cpu": not on_gpu,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # as in a run
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

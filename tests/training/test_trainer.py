@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
 from rich.console import Console
@@ -25,6 +26,7 @@ from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.epoch_order import sample_order
 from vltrain.training.plot import plot_loss
+from vltrain.training.step_batches import ROWS
 from vltrain.training.trainer import TokenCounts, Trainer, compute_precision
 
 
@@ -167,6 +169,17 @@ def test_a_run_that_was_cut_off_behind_its_last_step_takes_no_other(base, sample
     )
 
     assert rows == []
+
+
+def test_operations_are_counted_as_transformers_counts_them(base, samples, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model=load_model(base), args=arguments, train_dataset=samples)
+    batches = [{"input_ids": torch.zeros(1, length, dtype=torch.long)} for length in (5, 9)]
+
+    theirs = [transformers.Trainer.floating_point_ops(trainer, batch) for batch in batches]
+
+    assert [trainer.floating_point_ops(batch) for batch in batches] == theirs
+    assert trainer.floating_point_ops({ROWS: batches}) == sum(theirs) > 0
 
 
 def test_losses_are_logged_unrounded(base, samples, tmp_path):

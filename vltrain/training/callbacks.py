@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 PLAIN_LINE_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
@@ -45,12 +44,13 @@ class WholeGradients(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
 
 class ProgressBar(TrainerCallback):

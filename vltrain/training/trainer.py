@@ -26,6 +26,7 @@ from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.epoch_order import EpochOrder, row_order, sample_order, step_order
 from vltrain.training.held_out import HeldOutShare, LossSum
+from vltrain.training.host_time import shorten_steps
 from vltrain.training.learning_rates import split_groups
 from vltrain.training.master_adamw import masters_of, narrow_learned
 from vltrain.training.resumable import ResumableTrainer
@@ -105,6 +106,8 @@ class Trainer(ResumableTrainer):
         self._rate = rate
         if engine.name in ("none", "ddp"):
             self.add_callback(WholeGradients())
+            shorten_steps(self.model)
+        self._token_flops: int | None = None  # not asked for yet
         if self.is_fsdp_enabled and self.args.bf16:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = fsdp2_precision(torch.bfloat16)
@@ -160,7 +163,12 @@ class Trainer(ResumableTrainer):
         return batches, learned.clamp(min=1) if isinstance(learned, Tensor) else learned
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return sum(super(Trainer, self).floating_point_ops(b) for b in inputs.get(ROWS, [inputs]))
+        """As `transformers`, which counts the model's parameters anew for each batch."""
+        tokens = [batch["input_ids"].numel() for batch in inputs.get(ROWS, [inputs])]
+        if self._token_flops is None:
+            first = inputs.get(ROWS, [inputs])[0]
+            self._token_flops = super().floating_point_ops(first) // tokens[0]
+        return self._token_flops * sum(tokens)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         for batch in inputs.get(ROWS, [inputs]):
