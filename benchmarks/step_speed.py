@@ -298,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="a file for the lines, beside stdout")
     parser.add_argument("--only", nargs="+", default=[""], help="names that hold one of these")
+    parser.add_argument("--exactly", nargs="+", default=[], help="cells of these names alone")
     parser.add_argument("--tokens", type=int, nargs="+", help="cells of these lengths alone")
     parser.add_argument("--seconds", type=float, default=450.0, help="no cell begins after them")
     parser.add_argument("--cell-seconds", type=float, default=150.0, help="of one cell")
@@ -314,6 +315,8 @@ def main() -> None:
     backend = options.backend or ("aot_eager" if options.tiny else "inductor")
     for cell in cells(16, 24, 32, 48) if options.tiny else cells(384, 512, 1024, 2048):
         named = any(text in cell.name for text in options.only)
+        if options.exactly:
+            named = cell.name in options.exactly
         if not named or cell.tokens not in (options.tokens or [cell.tokens]):
             continue
         left = options.seconds - (time.perf_counter() - began)
