@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+from torch import nn
 
 from vltrain.demo.scenes import CANVAS_SIZE
 from vltrain.demo.start import CONFIG, sincos_positions, write_start
@@ -32,8 +33,9 @@ def test_a_query_of_the_resampler_begins_by_looking_at_its_own_patches(tmp_path)
     with torch.no_grad():
         value = pool.ln_kv(pool.kv_proj(tower.encode_patches(pixels)))
         key = value + resize_positions(pool.pos_embed, 64)
-        query = (pool.ln_q(pool.query) + pool.pos_embed).expand(2, -1, -1)
-        weights = pool.attn(query, key, value)[1].mean(0).view(4, 4, 8, 8)
+        query = (pool.ln_q(pool.query) + pool.pos_embed)[:, None].expand(-1, 2, -1)
+        sides = [query, key.transpose(0, 1), value.transpose(0, 1)]  # places, then pictures
+        weights = nn.MultiheadAttention.forward(pool.attn, *sides)[1].mean(0).view(4, 4, 8, 8)
 
     own = [
         weights[r, c, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].sum()
