@@ -66,8 +66,9 @@ class Recipe:
     batch: BatchConfig = field(default_factory=BatchConfig)
     compile: Literal["auto"] | bool = False  # the layers; auto: on a GPU where it is known to work
     # How layers are run, in the place of trainer.gradient_checkpointing. fast: none is recomputed;
-    # lean: all; auto: as few, or of compiled ones as little, as the GPU's memory asks for, by the
-    # estimate. A number: the share that compiled layers keep of what they would.
+    # lean: all, compiled ones within; auto: as few, or of compiled ones as little, as the GPU's
+    # memory asks for, by the estimate. A number: the share that compiled layers keep, at most, of
+    # what they would.
     memory: Literal["fast", "auto", "lean"] | Annotated[float, Gt(0), Lt(1)] | None = None
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss

@@ -1,6 +1,7 @@
 """How layers are run: compiled, recomputed or plain, they teach the same."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ PICTURE = [IMAGE_START_ID, *[IMAGE_START_ID + 2] * 4, IMAGE_START_ID + 1]
 LAYERS = 3
 pytestmark = pytest.mark.usefixtures("compilations")
 COMPILED = LayerRuns(compiled=True, backend="aot_eager")
+LEAN = LayerRuns(compiled=True, kept=0.0, backend="aot_eager_decomp_partition")
 
 
 @pytest.fixture
@@ -100,14 +102,12 @@ def test_a_frozen_tower_is_never_recomputed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute_every", [0, 1])
-def test_compiled_layers_teach_what_plain_ones_teach(kernel, recompute_every):
+@pytest.mark.parametrize("runs", [COMPILED, replace(COMPILED, recompute_every=1), LEAN])
+def test_compiled_layers_teach_what_plain_ones_teach(kernel, runs):
     model = adapted_model()
     expected = learn(model, 5, 3)
 
-    arrange_layers(
-        model, LayerRuns(compiled=True, recompute_every=recompute_every, backend="aot_eager")
-    )
+    arrange_layers(model, runs)
 
     torch.testing.assert_close(learn(model, 5, 3), expected, rtol=1e-5, atol=1e-6)
     assert not counters["graph_break"]
@@ -141,9 +141,22 @@ def test_gradients_of_compiled_layers_are_those_of_the_mask_that_made_the_loss(
 
 
 @pytest.mark.slow
-def test_other_lengths_and_numbers_of_samples_compile_nothing_more(kernel):
+def test_with_dropout_compiled_layers_teach_the_same_whatever_they_keep(kernel):
+    model = adapted_model(dropout=0.5)
+    arrange_layers(model, LayerRuns(compiled=True, backend="eager"))  # autograd's own way back
+    expected = [learn(model, *texts) for texts in ((5, 3), (2, 30, 4))]
+
+    for share in (1.0, 0.5, 0.0):
+        arrange_layers(model, replace(LEAN, kept=share))
+        found = [learn(model, *texts) for texts in ((5, 3), (2, 30, 4))]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [COMPILED, LEAN])
+def test_other_lengths_and_numbers_of_samples_compile_nothing_more(kernel, runs):
     model = adapted_model(dropout=0.1)
-    arrange_layers(model, COMPILED)
+    arrange_layers(model, runs)
     learn(model, 5, 3)
     learn(model, 5)
     warm = counters["stats"]["unique_graphs"]
@@ -160,7 +173,7 @@ def test_compiled_layers_keep_the_share_that_they_are_given_and_teach_the_same(k
     model = adapted_model()
     expected = learn(model, 5, 3)
     kept: list[int] = []
-    for share in (1.0, 0.3):
+    for share in (1.0, 0.3, 0.0):
         partitioned = "aot_eager_decomp_partition"
         arrange_layers(model, LayerRuns(compiled=True, kept=share, backend=partitioned))
         sizes: list[int] = []
@@ -175,6 +188,7 @@ def test_compiled_layers_keep_the_share_that_they_are_given_and_teach_the_same(k
         kept.append(sum(sizes))
 
     assert kept[1] < 0.85 * kept[0]
+    assert kept[2] < 0.85 * kept[1]
 
 
 def test_in_evaluation_layers_run_as_they_are():

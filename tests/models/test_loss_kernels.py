@@ -163,6 +163,25 @@ def test_logits_on_a_cpu_are_left_to_torch():
     assert loss.kernels_for(torch.zeros(2, 3)) is None
 
 
+@pytest.mark.parametrize(
+    ("there", "triton", "capability", "kernels"),
+    [
+        (False, None, (0, 0), True),  # some other machine's GPU
+        (True, True, (8, 0), True),
+        (True, True, (7, 5), False),
+        (True, None, (9, 0), False),
+    ],
+)
+def test_a_gpu_is_taken_to_have_kernels_where_triton_serves_it(
+    monkeypatch, there, triton, capability, kernels
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(loss, "find_spec", lambda name: triton)
+
+    assert loss.gpus_have_kernels() is kernels
+
+
 def test_where_triton_does_not_work_the_loss_says_so_and_does_without(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(loss, "find_spec", lambda name: True)

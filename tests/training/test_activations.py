@@ -34,6 +34,7 @@ from vltrain.training.activations import (
     Compute,
     decoder_kept,
     decoder_layer,
+    decoder_output,
     image_tokens_given,
     logits_backward,
     logits_forward,
@@ -94,12 +95,14 @@ def test_a_compiled_layer_keeps_its_input_and_what_matrix_products_read_and_make
     assert learning == 10 * (16 + 32 + 8 + 104 + 64 + 32 + 32)
 
 
-def test_adapters_of_compiled_layers_keep_what_others_keep():
+def test_of_adapters_in_compiled_layers_one_mask_is_computed_again():
     adapters = AdapterSizes(inputs=2 * 32, ranks=2 * 12, outputs=2 * 64, dropout=True)
     census = Census(RESTING.places, adapters)
     compiled = replace(HALF, compiled=True)
 
-    assert decoder_layer(SIZES, census, BATCH, compiled).kept == 10 * (208 + 96 + 24)
+    assert decoder_layer(SIZES, census, BATCH, compiled).kept == 10 * (208 + 96 + 24 - 8)
+    bare = replace(census, adapters=replace(adapters, dropout=False))
+    assert decoder_layer(SIZES, bare, BATCH, compiled).kept == 10 * (208 + 64 + 24)
 
 
 def test_spelled_out_attention_keeps_two_squares_for_each_head():
@@ -133,10 +136,23 @@ def test_of_every_second_layer_only_the_input_is_kept():
     assert decoder_kept(three, RESTING, BATCH, half) == 2 * 320 // 2 + layer + 320 + 96
 
 
-def test_a_share_is_of_all_that_layers_keep():
-    half = replace(HALF, checkpointing=False, kept_share=0.5)
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 272), (0.5, 16 + 128), (0.0, 16)])
+def test_a_share_is_of_all_that_layers_keep_beside_their_input(share, kept):
+    part = replace(HALF, checkpointing=False, kept_share=share)
 
-    assert decoder_kept(SIZES, RESTING, BATCH, half) == 10 * 272 + 10 * 4 * 8 + 6 * 2 * 8
+    assert decoder_kept(SIZES, RESTING, BATCH, part) == 20 * kept + 10 * 4 * 8 + 6 * 2 * 8
+
+
+def test_to_recompute_all_is_done_within_compiled_layers_and_around_others():
+    some = replace(HALF, recompute_every=3)
+
+    assert some.all_recomputed() == Compute(2)
+    within = Compute(2, checkpointing=False, kept_share=0.0, compiled=True)
+    assert replace(some, compiled=True).all_recomputed() == within
+    for all_of_them in (some.all_recomputed(), within):
+        assert decoder_kept(SIZES, RESTING, BATCH, all_of_them) == 10 * (32 + 32) + 6 * 16
+        assert all_of_them.recomputes_layers
+    assert not replace(within, kept_share=0.5).recomputes_layers
 
 
 def test_hidden_states_have_the_width_of_the_embeddings():
@@ -157,6 +173,21 @@ def test_a_loss_in_blocks_holds_the_logits_of_learned_tokens_and_one_wide_block(
     assert logits_forward(blocks, BATCH, HALF) == 100 * (6 * 2 + 4 * 12)
     assert logits_backward(blocks, BATCH, HALF) == 100 * (6 * 2 + 4 * 12)
     assert logits_gradient(blocks, BATCH, HALF) == 6 * 2 * (100 + 8)
+
+
+def test_kernels_of_a_gpu_widen_no_logits():
+    kernels = replace(HALF, loss_kernels=True)
+    blocks = replace(SIZES, loss_rows=4)
+
+    assert logits_forward(blocks, BATCH, kernels) == 100 * 6 * 2
+    assert logits_backward(blocks, BATCH, kernels) == 100 * 6 * 2
+    # A loss of one piece has none.
+    assert logits_backward(SIZES, BATCH, kernels) == logits_backward(SIZES, BATCH, HALF)
+
+
+def test_the_last_norms_output_is_as_wide_as_the_hidden_states():
+    assert decoder_output(SIZES, RESTING, BATCH) == 10 * 2 * 8
+    assert decoder_output(SIZES, LEARNING, BATCH) == 10 * 4 * 8
 
 
 def test_a_tower_and_a_projector_that_rest_keep_nothing():
@@ -291,8 +322,17 @@ def test_a_decoder_layer_keeps_what_the_formula_says(method, half, packed, packe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora", "projector"])
-def test_a_compiled_decoder_layer_keeps_what_the_formula_says(method, packed_rows):
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        ("full", 1.0),
+        ("lora", 1.0),
+        ("projector", 1.0),
+        *(("lora", share) for share in (0.75, 0.5, 0.0)),
+        ("full", 0.0),
+    ],
+)
+def test_a_compiled_decoder_layer_keeps_what_the_formula_says(method, share, packed_rows):
     """The compiler's own choice of what to keep, without the code that it would write."""
     config = small_config()
     model = QwenVLForConditionalGeneration(config).bfloat16()
@@ -303,10 +343,11 @@ def test_a_compiled_decoder_layer_keeps_what_the_formula_says(method, packed_row
         freeze = FreezeConfig(language=method == "projector", projector=False)
         widen_learned(set_learned(model, QWEN_VL, freeze))
     model.train()
-    arrange_layers(model, LayerRuns(compiled=True, backend="aot_eager_decomp_partition"))
+    partitioned = "aot_eager_decomp_partition"
+    arrange_layers(model, LayerRuns(compiled=True, kept=share, backend=partitioned))
     layer = next(part for part in model.modules() if isinstance(part, DecoderLayer))
     census, measured = take_census(model, QWEN_VL), []
-    for tokens in (64, 128):
+    for tokens in (512, 1024):
         wide = residual_bytes(census) == 4
         states = torch.randn(1, tokens, 256, dtype=torch.float32 if wide else torch.bfloat16)
         states.requires_grad_()
@@ -315,12 +356,15 @@ def test_a_compiled_decoder_layer_keeps_what_the_formula_says(method, packed_row
         forward = partial(layer, states, mask, rotary, None, **packed_rows)
         measured.append(saved_bytes(model, forward, half=True))
 
-    compute = Compute(2, "packed", checkpointing=False, compiled=True)
-    sizes = config.model_sizes()
-    expected = decoder_layer(sizes, census, BatchSizes(1, 64, 64, 0), compute).kept
-    kept = measured[1] - measured[0] - 64 * 2 * 4 * 64  # rotary tables, the same in all layers
-    masks = 64 * census.adapters.inputs  # of which the compiler computes some again
-    assert expected - masks <= kept <= expected
+    compute = Compute(2, "packed", checkpointing=False, kept_share=share, compiled=True)
+    batch = BatchSizes(1, 512, 512, 0)
+    whole = decoder_layer(config.model_sizes(), census, batch, compute).kept
+    expected = compute.kept_of(whole, 512 * residual_bytes(census) * 256)
+    kept = measured[1] - measured[0] - 512 * 2 * 4 * 64  # rotary tables, the same in all layers
+    if 0 < share < 1:  # what fits in
+        assert 0.8 * share * whole < kept <= expected
+    else:
+        assert kept == expected
 
 
 def test_tower_and_projector_keep_what_the_formulas_say():

@@ -12,7 +12,7 @@ from vltrain.models.sizes import (
     PlaceWeights,
     TowerSizes,
 )
-from vltrain.training.activations import BatchSizes, Compute
+from vltrain.training.activations import BatchSizes, Compute, decoder_kept, decoder_layer
 from vltrain.training.memory import (
     CONTEXT_BYTES,
     WORKSPACE_BYTES,
@@ -119,6 +119,38 @@ def test_compiled_layers_make_copies_that_autocast_does_not_hold_on_to():
     compiled = replace(WORK, compute=replace(WORK.compute, compiled=True))
 
     assert moment(FULL, compiled, "the loss").copies == 2 * 800  # the head's
+
+
+def test_layers_that_keep_a_share_keep_a_share_of_their_copies():
+    half, none = (
+        replace(WORK, compute=Compute(2, checkpointing=False, kept_share=share, compiled=True))
+        for share in (0.5, 0.0)
+    )
+
+    assert moment(FULL, half, "the loss, backward").copies == 2 * (640 + 800)
+    assert moment(FULL, none, "the loss, backward").copies == 2 * 800
+    # A layer that is on its way back has its own: 640 numbers; and a gradient of 8 x 24.
+    assert moment(FULL, none, "the last layer, backward").copies == 2 * 640 + (2 + 4) * 8 * 24
+
+
+def test_compiled_layers_hold_second_matrices_of_adapters_scaled_where_they_are_not_copied():
+    narrow = LORA.rounded(2)
+    bare = Compute(2, checkpointing=False)
+
+    for compiled, copies in ((False, 0), (True, 2 * 163)):  # of 256 numbers 112 / (64 + 112)
+        work = replace(WORK, compute=replace(bare, compiled=compiled))
+        assert moment(narrow, work, "the loss, backward").copies == copies
+        assert moment(LORA, work, "the loss, backward").copies == 2 * 256
+
+
+def test_what_is_recomputed_within_a_layer_is_there_on_its_way_back():
+    layer = decoder_layer(SIZES, LORA, BATCH, Compute(2, compiled=True))
+    for share in (0.0, 0.5, 1.0):
+        compute = Compute(2, checkpointing=False, kept_share=share, compiled=True)
+        last = moment(LORA, replace(WORK, compute=compute), "the last layer, backward")
+        kept = decoder_kept(SIZES, LORA, BATCH, compute)
+
+        assert last.activations == kept + layer.working + round(layer.kept * (1 - share))
 
 
 def test_in_float32_nothing_is_copied():
@@ -230,7 +262,8 @@ def test_engines_that_round_weights_need_no_copies_and_no_wide_hidden_states():
         loss = moment(FULL, shared(engine, stage=1), "the loss")
 
         assert loss.copies == (2 * (640 + 800) if engine == "fsdp2" else 0)
-        assert loss.activations == 10 * 2 * 2 * 8 + 10 * 4 * 8 + 6 * 2 * 8
+        # And the last norm's output, as wide as the hidden states.
+        assert loss.activations == 10 * 2 * 2 * 8 + 10 * 4 * 8 + 6 * 2 * 8 + 10 * 2 * 8
 
 
 def test_fsdp2_shares_float32_weights_gradients_and_states_out():

@@ -140,8 +140,8 @@ def test_layers_that_keep_a_share_may_keep_nothing_but_their_input(tmp_path: Pat
     recipe = recipe_of(tmp_path, "compile=true", "memory=0.5")
     compute = Compute(2, checkpointing=False, kept_share=0.5, compiled=True)
     run, recomputed = (
-        replace(RUN, work=replace(RUN.work, compute=replace(compute, checkpointing=whole)))
-        for whole in (False, True)
+        replace(RUN, work=replace(RUN.work, compute=way))
+        for way in (compute, compute.all_recomputed())
     )
 
     line = memory_advice(recipe, run)[0]

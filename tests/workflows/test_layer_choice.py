@@ -18,7 +18,7 @@ from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.training.moments import Work
 from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows import prepare
-from vltrain.workflows.memory import RunMemory, fit_layers, layers_of, ways_to_fit
+from vltrain.workflows.memory import RunMemory, fit_layers, layers_of, ways_to_fit, work_of
 from vltrain.workflows.prepare import layer_runs_of
 
 ZERO2, ZERO3 = (
@@ -36,13 +36,20 @@ def test_where_a_recipe_says_nothing_layers_are_left_to_transformers():
     assert training_arguments(recipe_of()).to_dict()["gradient_checkpointing"] is True
 
 
-@pytest.mark.parametrize(("recomputes", "every"), [("true", 1), ("false", 0)])
-def test_compiled_layers_are_recomputed_where_the_trainers_section_says_so(recomputes, every):
+@pytest.mark.parametrize(("recomputes", "kept"), [("true", 0.0), ("false", 1.0)])
+def test_compiled_layers_are_recomputed_where_the_trainers_section_says_so(recomputes, kept):
     compiled = recipe_of("compile=true", f"trainer.gradient_checkpointing={recomputes}")
 
-    assert layer_runs_of(compiled, NO_ENGINE) == LayerRuns(True, every)
-    assert layer_runs_of(compiled, ZERO2) == LayerRuns(True, every)
+    assert layer_runs_of(compiled, NO_ENGINE) == LayerRuns(True, kept=kept)
+    assert layer_runs_of(compiled, ZERO2) == LayerRuns(True, kept=kept)
     assert training_arguments(compiled).to_dict()["gradient_checkpointing"] is False
+
+
+def test_compiled_layers_of_four_bits_are_recomputed_from_outside():
+    lean = recipe_of("compile=true", "memory=lean", method="qlora")
+
+    assert layer_runs_of(lean, NO_ENGINE) == LayerRuns(True, 1)
+    assert work_of(lean, training_arguments(lean), NO_ENGINE, 1).compute.recomputed(32) == 32
 
 
 def test_by_itself_a_run_compiles_on_a_gpu_alone(monkeypatch):
@@ -75,9 +82,19 @@ def test_settings_of_the_recomputation_that_is_replaced_are_refused():
 
 @pytest.mark.parametrize(("memory", "every"), [("fast", 0), ("lean", 1), ("auto", 0)])
 def test_memory_says_what_is_recomputed_in_the_place_of_the_trainers_section(memory, every):
-    arranged = recipe_of(f"memory={memory}", "trainer.gradient_checkpointing=false")
+    settings = (f"memory={memory}", "trainer.gradient_checkpointing=false")
 
-    assert layer_runs_of(arranged, NO_ENGINE) == LayerRuns(False, every)
+    assert layer_runs_of(recipe_of(*settings), NO_ENGINE) == LayerRuns(False, every)
+    compiled = recipe_of(*settings, "compile=true")
+    assert layer_runs_of(compiled, NO_ENGINE) == LayerRuns(True, kept=1.0 - every)
+
+
+def test_lean_compiled_layers_are_counted_as_keeping_their_input_alone():
+    lean = recipe_of("compile=true", "memory=lean")
+    compute = work_of(lean, training_arguments(lean), NO_ENGINE, 1).compute
+
+    assert compute.compiled
+    assert compute == compute.all_recomputed()
 
 
 def run_of(*, compiled: bool = False) -> RunMemory:
@@ -97,7 +114,7 @@ def census_of_lora(config: QwenVLConfig) -> Census:
 
 
 KEPT = [LayerRuns(False, 0), *(LayerRuns(False, every) for every in (4, 3, 2, 1))]
-KEPT_COMPILED = [*(LayerRuns(True, 0, kept) for kept in (1.0, 0.75, 0.5)), LayerRuns(True, 1)]
+KEPT_COMPILED = [LayerRuns(True, 0, kept) for kept in (1.0, 0.75, 0.5, 0.0)]
 
 
 @pytest.mark.parametrize(("compiled", "runs"), [(False, KEPT), (True, KEPT_COMPILED)])
@@ -121,10 +138,13 @@ def test_what_a_run_recomputes_by_itself_is_said(compiled, said):
     assert fitted.decisions == (f"recomputed on the way back: {said} (memory: auto)",)
 
 
-def test_a_run_that_fits_in_no_way_recomputes_every_layer():
-    fitted = fit_layers(run_of(), 2**30)
+@pytest.mark.parametrize(("compiled", "runs"), [(False, KEPT[-1]), (True, KEPT_COMPILED[-1])])
+def test_a_run_that_fits_in_no_way_recomputes_every_layer(compiled, runs):
+    auto = recipe_of("memory=auto", f"compile={str(compiled).lower()}")
+    fitted = fit_layers(run_of(compiled=compiled), 2**30)
 
-    assert layers_of(recipe_of("memory=auto"), NO_ENGINE, fitted).recompute_every == 1
+    assert layers_of(auto, NO_ENGINE, fitted) == runs
+    assert fitted.decisions == ("recomputed on the way back: every layer (memory: auto)",)
 
 
 def test_a_number_is_the_share_that_compiled_layers_keep():

@@ -27,7 +27,7 @@ class LayerRuns:
 
     compiled: bool = False
     recompute_every: int = 0  # each so-many-th layer is recomputed on the way back; 0: none
-    kept: float = 1.0  # of what compiled layers keep for the way back; the rest is recomputed
+    kept: float = 1.0  # of what compiled layers keep beside their inputs; the rest is recomputed
     backend: str = "inductor"  # of torch.compile
 
     def recomputes(self, number: int) -> bool:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 ROWS = 256  # of the logits that are widened to float32 at a time, where kernels do not serve
+KERNEL_GPUS = (8, 0)  # and later: the compute capability
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,14 @@ class SummedCrossEntropy(torch.autograd.Function):
         return gradient, None
 
 
+def gpus_have_kernels() -> bool:
+    """Whether the loss is taken to run in kernels on a GPU: this machine's, or any where it has
+    none. Nothing is compiled to find out, so where a C compiler is lacking it may yet not."""
+    if not torch.cuda.is_available():
+        return True
+    return find_spec("triton") is not None and torch.cuda.get_device_capability() >= KERNEL_GPUS
+
+
 def kernels_for(logits: Tensor) -> ModuleType | None:
     """`loss_kernels` where it serves these logits; None where torch's own operations have to.
 
@@ -66,7 +75,7 @@ def kernels_for(logits: Tensor) -> ModuleType | None:
 @cache
 def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """`loss_kernels`, once it has computed something on this GPU; None where it cannot."""
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < KERNEL_GPUS:
         return None
     logits = torch.zeros(1, 8, dtype=dtype, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)

@@ -8,7 +8,7 @@ embedding matrix, which autocast leaves alone.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vltrain.models.sizes import AdapterSizes, Census, ModelSizes, Place, TowerSizes
@@ -44,10 +44,34 @@ class Compute:
 
     kept_share: float = 1.0  # of a layer that is not recomputed whole; the rest is, within it
     compiled: bool = False  # the decoder's layers
+    loss_kernels: bool = False  # of a GPU, in which the loss widens no logits in memory
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether there are layers that keep nothing but their input."""
+        return self.checkpointing or self.kept_share == 0
 
     def recomputed(self, layers: int) -> int:
-        """How many of so many layers keep nothing but their input."""
+        """How many of so many layers are recomputed whole, from outside."""
         return -(-layers // self.recompute_every) if self.checkpointing else 0
+
+    def all_recomputed(self) -> "Compute":
+        """The same where every layer keeps nothing but its input."""
+        share = 0.0 if self.compiled else 1.0
+        outside = not self.compiled
+        return replace(self, checkpointing=outside, recompute_every=1, kept_share=share)
+
+    def kept_of(self, whole: int, given: int) -> int:
+        """Bytes that a layer keeps which is not recomputed from outside.
+
+        The compiler fills a share of what it would keep beside the layer's input, as far as whole
+        tensors fit into it: this is the most that it keeps.
+
+        Args:
+            whole: what it would keep, its input included.
+            given: its input.
+        """
+        return given + round((whole - given) * self.kept_share)
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,8 @@ def decoder_layer(
     d, c = sizes.decoder, compute.bytes
     keep = _compiled_keeps if compute.compiled else _plain_keeps
     token = keep(sizes, census, compute) + _adapters_keep(census.adapters, c) // d.layers
+    if compute.compiled and census.adapters.dropout:
+        token -= min(d.width, census.adapters.inputs // d.layers)
     pairs = batch.rows * batch.row_tokens**2
     if compute.attention == "eager":
         square = pairs * d.heads * (FLOAT + c)
@@ -142,8 +168,9 @@ def _adapters_keep(adapters: AdapterSizes, c: int) -> int:
 def _dropped_out(adapters: AdapterSizes, c: int) -> int:
     """What each adapter reads after dropout (c), and dropout's mask (1).
 
-    Compiled layers may keep less: some of the masks are computed again (of LoRA's four in a layer
-    one); and without dropout, of what several adapters read, there is one copy.
+    Of a compiled layer's masks as wide as the hidden states one is computed again, which
+    `decoder_layer` takes off. An adapter that reads the MLP's hidden layer, and adapters without
+    dropout that read the same, may keep less than this.
     """
     return (c + (1 if adapters.dropout else 0)) * adapters.inputs
 
@@ -160,42 +187,49 @@ def decoder_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: 
     """
     d = sizes.decoder
     recomputed = compute.recomputed(d.layers)
-    layers = recomputed * residual_bytes(census) * d.width * batch.tokens
-    whole = (d.layers - recomputed) * decoder_layer(sizes, census, batch, compute).kept
-    layers += round(whole * compute.kept_share)
+    given = residual_bytes(census) * d.width * batch.tokens
+    whole = decoder_layer(sizes, census, batch, compute).kept
+    layers = recomputed * given + (d.layers - recomputed) * compute.kept_of(whole, given)
     mask = batch.rows * batch.row_tokens**2 if _needs_mask(batch, compute.attention) else 0
     end = FLOAT * d.width * batch.tokens + compute.bytes * d.width * batch.learned_tokens
     return layers + mask + end
+
+
+def decoder_output(sizes: ModelSizes, census: Census, batch: BatchSizes) -> int:
+    """The last norm's output, which is there until the loss is: the head reads rows of it."""
+    return batch.tokens * residual_bytes(census) * sizes.decoder.width
 
 
 def logits_forward(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
     """The loss at its widest on the way there.
 
     A loss in blocks holds the logits of learned tokens (c) and, of one block, the float32 logits
-    and the two steps of a log-sum-exp. A loss of one piece holds the logits of all tokens (c),
-    them in float32, and their log-softmax. Kernels of a GPU hold no block in float32, but do not
-    serve everywhere.
+    and the two steps of a log-sum-exp; a GPU's kernels hold no block in float32. A loss of one
+    piece holds the logits of all tokens (c), them in float32, and their log-softmax.
     """
     d, c = sizes.decoder, compute.bytes
     if sizes.loss_rows is None:
         wide = FLOAT if c < FLOAT else 0
         return batch.tokens * d.vocabulary * (c + wide + FLOAT)
-    block = min(sizes.loss_rows, batch.learned_tokens)
-    return d.vocabulary * (batch.learned_tokens * c + block * 3 * FLOAT)
+    return _logits_in_blocks(sizes, batch, compute)
 
 
 def logits_backward(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
     """The loss at its widest on the way back.
 
-    In blocks the gradient takes the logits' place (c) and one block is widened, subtracted from
-    and, until it is replaced, there from the block before. In one piece there are the
-    log-softmax, its gradient and that of the logits, in float32.
+    In blocks the gradient takes the logits' place (c) and, but for a GPU's kernels, one block is
+    widened, subtracted from and, until it is replaced, there from the block before. In one piece
+    there are the log-softmax, its gradient and that of the logits, in float32.
     """
     d = sizes.decoder
     if sizes.loss_rows is None:
         return batch.tokens * d.vocabulary * 3 * FLOAT
-    block = min(sizes.loss_rows, batch.learned_tokens)
-    return d.vocabulary * (batch.learned_tokens * compute.bytes + block * 3 * FLOAT)
+    return _logits_in_blocks(sizes, batch, compute)
+
+
+def _logits_in_blocks(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
+    rows = 0 if compute.loss_kernels else min(sizes.loss_rows or 0, batch.learned_tokens)
+    return sizes.decoder.vocabulary * (batch.learned_tokens * compute.bytes + rows * 3 * FLOAT)
 
 
 def logits_gradient(sizes: ModelSizes, batch: BatchSizes, compute: Compute) -> int:
@@ -228,8 +262,9 @@ def vision_kept(sizes: ModelSizes, census: Census, batch: BatchSizes, compute: C
     kept = 0
     if census.at("vision").learned:
         recomputed = compute.recomputed(tower.layers)
-        kept += recomputed * FLOAT * tower.width * tower.patches
-        kept += (tower.layers - recomputed) * vision_layer(tower, compute)
+        given = FLOAT * tower.width * tower.patches
+        whole = compute.kept_of(vision_layer(tower, compute), given)
+        kept += recomputed * given + (tower.layers - recomputed) * whole
     if kept or census.at("projector").learned:
         kept += tower.patches * (c * tower.width + (FLOAT + 4 * c) * width)
         kept += tower.image_tokens * (FLOAT + 3 * c) * width

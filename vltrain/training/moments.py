@@ -11,6 +11,7 @@ from vltrain.training.activations import (
     Compute,
     decoder_kept,
     decoder_layer,
+    decoder_output,
     image_tokens_given,
     logits_backward,
     logits_forward,
@@ -152,20 +153,34 @@ class Step:
                 copies += there.learned_matrices * width
         return copies
 
-    def _layer_copies(self, layers: int, *places: Place) -> int:
-        """Those of as many layers that are there until the way back has used them: what is
-        recomputed makes its own anew."""
+    @cached_property
+    def _made_in_layers(self) -> int:
+        """What all layers of the decoder make of their weights, where none is recomputed.
+
+        Compiled ones scale the second matrix of an adapter; where autocast copies it, it is that
+        copy. All adapters are taken to have one rank.
+        """
+        adapter, copied = self.computed.at("adapter"), self._copies("adapter")
+        if self.work.compute.compiled and adapter.learned and not copied:
+            there = self.computed.adapters
+            share = there.outputs / max(1, there.inputs + there.outputs)
+            copied = round(adapter.learned_matrices * share) * self.work.compute.bytes
+        return self._copies("layers") + copied
+
+    def _left(self, copies: int, layers: int) -> int:
+        """Of the copies in as many layers those that are there until the way back has used them:
+        what is recomputed makes its own anew, layers that keep a share keep a share of theirs."""
         kept = layers - self.work.compute.recomputed(layers)
-        return self._copies(*places) * kept // layers
+        return round(copies * kept // layers * self.work.compute.kept_share)
 
     @cached_property
     def _decoder_copies(self) -> int:
-        return self._layer_copies(self.sizes.decoder.layers, "layers", "adapter")
+        return self._left(self._made_in_layers, self.sizes.decoder.layers)
 
     @cached_property
     def _kept_copies(self) -> int:
         """All copies that are there until the way back has used them."""
-        vision = self._layer_copies(self.sizes.tower.layers, "vision")
+        vision = self._left(self._copies("vision"), self.sizes.tower.layers)
         return self._copies("head") + self._decoder_copies + vision
 
     def _features(self) -> tuple[Moment, ...]:
@@ -201,7 +216,7 @@ class Step:
         return Moment(
             "the loss",
             self._gradients_before,
-            activations=self._kept,
+            activations=self._kept + decoder_output(self.sizes, self.computed, self.batch),
             logits=logits_forward(self.sizes, self.batch, self.work.compute),
             vision=self._seen,
             copies=(self._kept_copies if compiled else self._copies(*places)) + self._gathered,
@@ -236,6 +251,12 @@ class Step:
             copies=own + self._kept_copies + self._gathered,
         )
 
+    @property
+    def _anew(self) -> float:
+        """The share of what a layer keeps that its way back computes anew."""
+        compute = self.work.compute
+        return 1.0 if compute.checkpointing else 1.0 - compute.kept_share
+
     def _layers_backward(self) -> tuple[Moment, Moment]:
         """The decoder's last layer, when all activations are there; its first, with all gradients.
 
@@ -244,11 +265,10 @@ class Step:
         """
         d, compute = self.sizes.decoder, self.work.compute
         layer = decoder_layer(self.sizes, self.computed, self.batch, compute)
-        anew = 1.0 if compute.checkpointing else 1.0 - compute.kept_share
-        here = layer.working + round(layer.kept * anew)
+        here = layer.working + round(layer.kept * self._anew)
         largest = d.width * max(3 * d.attention_width, d.mlp_width)
         rest = self._fresh_gradient("layers", largest) + self._gathered
-        one_layer = self._copies("layers", "adapter") // d.layers
+        one_layer = self._made_in_layers // d.layers
         last = rest + max(one_layer, self._decoder_copies)
         to_come = self._gradients_at("embeddings", "vision", "projector")
         to_come += self._gradients_at("layers", "adapter") // d.layers
@@ -280,7 +300,7 @@ class Step:
         vision, copies = self._seen, self._copies("projector")
         if self.computed.at("vision").learned:
             layer = vision_layer(self.sizes.tower, self.work.compute)
-            vision += self.batch.pictures * layer * (2 if self.work.compute.checkpointing else 1)
+            vision += self.batch.pictures * round(layer * (1 + self._anew))
             copies += self._copies("vision") // self.sizes.tower.layers
         return Moment("the vision tower, backward", self._gradients, vision=vision, copies=copies)
 

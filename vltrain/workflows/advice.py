@@ -63,7 +63,7 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     batch = trainer["per_device_train_batch_size"]
     steps = trainer["gradient_accumulation_steps"]
     bare = recipe.memory is None and not trainer["gradient_checkpointing"]
-    recomputed = run is not None and run.work.compute.checkpointing
+    recomputed = run is not None and run.work.compute.recomputes_layers
     part = isinstance(recipe.memory, float) and not recomputed
     if bare or recipe.memory == "fast" or part:
         key = "trainer.gradient_checkpointing: true" if bare else "memory: lean"
@@ -127,8 +127,8 @@ def _adapter_changes(recipe: Recipe) -> Iterator[Advice]:
 
 
 def _recomputing(run: RunMemory) -> RunMemory:
-    compute = replace(run.work.compute, checkpointing=True)
-    return replace(run, work=replace(run.work, compute=compute))
+    work = replace(run.work, compute=run.work.compute.all_recomputed())
+    return replace(run, work=work)
 
 
 def _half_as_long(run: RunMemory) -> RunMemory:

@@ -16,6 +16,7 @@ from vltrain.data.streaming import SampleStream
 from vltrain.errors import VltrainError
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES
+from vltrain.models.loss import gpus_have_kernels
 from vltrain.models.sizes import Census, ModelSizes, Place
 from vltrain.training.activations import BatchSizes, Compute
 from vltrain.training.arguments import run_dtype
@@ -100,6 +101,7 @@ def work_of(
         checkpointing=checkpointing,
         kept_share=1.0 if layers is None else layers.kept,
         compiled=layers is not None and layers.compiled and recipe.method != "qlora",
+        loss_kernels=gpus_have_kernels(),
     )
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))
     if held in HELD:
@@ -135,7 +137,9 @@ def fit_layers(run: RunMemory, gpu_bytes: int) -> RunMemory:
     compute = fitted.work.compute
     every = compute.recompute_every if compute.checkpointing else 0
     what = {0: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
-    if compute.kept_share < 1:
+    if compute.kept_share == 0:
+        what = "every layer"
+    elif compute.kept_share < 1:
         what = f"within each layer, which keeps {compute.kept_share:.0%}"
     line = f"recomputed on the way back: {what} (memory: auto)"
     return replace(fitted, decisions=(*run.decisions, line))
@@ -149,7 +153,7 @@ def ways_to_fit(run: RunMemory) -> list[RunMemory]:
         partly = [replace(whole, kept_share=share) for share in SHARES]
     else:
         partly = [replace(whole, checkpointing=True, recompute_every=every) for every in EVERY]
-    ways = [whole, *partly, replace(whole, checkpointing=True)]
+    ways = [whole, *partly, whole.all_recomputed()]
     return [replace(run, work=replace(run.work, compute=way)) for way in ways]
 
 

@@ -88,7 +88,9 @@ def layer_runs_of(
 ) -> LayerRuns | None:
     """How a run's layers are run; None: as transformers does by the `trainer:` section.
 
-    With `memory: auto` the memory of a GPU has yet to say which of them are recomputed.
+    With `memory: auto` the memory of a GPU has yet to say which of them are recomputed. Where all
+    are, compiled ones keep nothing within; those of 4 bits, whose kernels may part what is
+    compiled, are recomputed from outside.
 
     Args:
         on_gpu: whether the run is on a GPU; None: where this machine has one.
@@ -111,7 +113,11 @@ def layer_runs_of(
         return LayerRuns(compiled=True, kept=recipe.memory)
     recomputed = {"fast": False, "lean": True}
     all_of_them = recomputed.get(recipe.memory, recipe.trainer["gradient_checkpointing"])
-    return LayerRuns(compiled=compiled, recompute_every=1 if all_of_them else 0)
+    if not all_of_them:
+        return LayerRuns(compiled=compiled)
+    if compiled and recipe.method != "qlora":  # faster than recomputing each from outside
+        return LayerRuns(compiled=True, kept=0.0)
+    return LayerRuns(compiled=compiled, recompute_every=1)
 
 
 def refuse_uncompilable(engine: Engine) -> None:
