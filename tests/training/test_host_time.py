@@ -24,6 +24,16 @@ def test_modes_reach_every_module_where_they_change(model):
     assert all(module.training for module in model.modules())
 
 
+def test_what_is_in_evaluation_mode_within_a_model_that_trains_is_put_into_its_mode():
+    read = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    model = nn.Sequential(read, nn.Linear(2, 1))
+
+    shorten_steps(model)
+    model.train()
+
+    assert all(module.training for module in model.modules())
+
+
 def test_a_model_in_training_mode_is_not_walked_through(model, monkeypatch):
     monkeypatch.setattr(nn.Linear, "train", None)  # whoever calls it fails
 

@@ -12,12 +12,13 @@ from torch import nn
 def shorten_steps(model: nn.Module) -> None:
     """Let `model.train()` and `model.zero_grad()` touch only what they change, in place.
 
-    A model that is in training mode already is left as it is, so the modules in it are taken to
-    be in the mode of the whole.
+    A model that is in training mode already is left as it is: here all modules in it are put into
+    the mode of the whole, which a base that was read from a folder is not in under its adapters.
 
     Args:
         model: not wrapped by an engine; what learns in it is settled.
     """
+    model.train(model.training)
     model.learns_in_steps = [p for p in model.parameters() if p.requires_grad]
     model.train = MethodType(_train, model)
     model.zero_grad = MethodType(_zero_grad, model)
