@@ -21,7 +21,7 @@ from vltrain.data.dataset import SampleDataset
 from vltrain.data.mixing import Mix, Portion
 from vltrain.data.sources import read_records
 from vltrain.models import load_model, load_processor
-from vltrain.models.adapters import set_learned
+from vltrain.models.adapters import Adapter, add_lora, set_learned
 from vltrain.models.catalog import QWEN_VL
 from vltrain.training.callbacks import MetricsLog, ProgressBar
 from vltrain.training.epoch_order import sample_order
@@ -180,6 +180,23 @@ def test_operations_are_counted_as_transformers_counts_them(base, samples, tmp_p
 
     assert [trainer.floating_point_ops(batch) for batch in batches] == theirs
     assert trainer.floating_point_ops({ROWS: batches}) == sum(theirs) > 0
+
+
+def test_all_of_a_model_with_adapters_is_in_training_mode_in_a_step(base, samples, tmp_path):
+    adapted = add_lora(load_model(base), QWEN_VL, FreezeConfig(), Adapter(r=2), seed=0)
+    modes: list[bool] = []
+    adapted.register_forward_pre_hook(
+        lambda model, _: modes.extend(module.training for module in model.modules())
+    )
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", report_to="none"
+    )
+    collator = Collator(load_processor(base).pad_id)
+
+    Trainer(model=adapted, args=arguments, train_dataset=samples, data_collator=collator).train()
+
+    assert all(modes)
+    assert len(modes) > 100
 
 
 def test_losses_are_logged_unrounded(base, samples, tmp_path):
