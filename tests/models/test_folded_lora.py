@@ -54,6 +54,26 @@ def test_another_scale_is_another_output():
     assert not torch.allclose(learned(model)[0], learned(adapted())[0])
 
 
+def test_the_scale_is_that_of_the_adapter_that_is_active_now():
+    model = folded(adapted())
+    inject_adapter_in_model(LoraConfig(target_modules=["a"], r=2, lora_alpha=9), model, "other")
+    nn.init.normal_(model["a"].lora_B["other"].weight)
+    model["a"].set_adapter("other")
+    x = torch.randn(4, 6)
+
+    set_scales([model["a"]], CPU)
+
+    torch.testing.assert_close(model["a"](x), Linear.forward(model["a"], x))
+
+
+def test_in_evaluation_peft_computes():
+    model = folded(adapted())
+    model["a"].folded_scale *= 2  # as another adapter's would be
+    x = torch.randn(4, 6)
+
+    assert torch.equal(model.eval()["a"](x), Linear.forward(model["a"], x))
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_more_than_plain_lora_is_left_to_peft(settings: dict):
     assert_equal(learned(folded(adapted(**settings))), learned(adapted(**settings)))

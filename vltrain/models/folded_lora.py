@@ -18,11 +18,13 @@ class FoldedLinear(Linear):
     """A `peft` adapter of a linear layer; all but plain LoRA of one adapter is left to `peft`."""
 
     folded_scale: Tensor | None = None  # float32 scalar; no buffer, which DDP would share
+    folded_from: tuple[float, torch.device] | None = None  # what it is, and where
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """float [..., D] -> float [..., E]."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.folded_scale is None or args or kwargs or not _is_plain(self, names):
+        plain = self.training and not (args or kwargs) and _is_plain(self, names)
+        if self.folded_scale is None or not plain:
             return super().forward(x, *args, **kwargs)
         (name,) = names
         result = self.base_layer(x)
@@ -43,8 +45,8 @@ def _is_plain(layer: Linear, names: list[str]) -> bool:
 def fold_adapters(layer: nn.Module) -> list[FoldedLinear]:
     """Let the adapters of a layer's linear ones fold their scale, in place; those that do.
 
-    Adapters of quantized layers have classes of their own and stay as they are. As long as
-    scales are not set nothing changes.
+    Adapters of quantized layers have classes of their own and stay as they are. Nothing changes
+    in evaluation, nor as long as scales are not set.
     """
     for module in layer.modules():
         if type(module) is Linear:
@@ -53,9 +55,15 @@ def fold_adapters(layer: nn.Module) -> list[FoldedLinear]:
 
 
 def set_scales(adapters: list[FoldedLinear], device: torch.device) -> None:
-    """Give each its scale as a tensor, where it is to be computed with."""
+    """Give each its scale as a tensor, where it is to be computed with: before every forward.
+
+    In evaluation scales are not looked at, and `peft` computes.
+    """
     for adapter in adapters:
         names = [name for name in adapter.active_adapters if name in adapter.lora_A]
-        scale = adapter.folded_scale
-        if len(names) == 1 and (scale is None or scale.device != device):
-            adapter.folded_scale = torch.tensor(adapter.scaling[names[0]], device=device)
+        if len(names) != 1:
+            continue
+        wanted = (adapter.scaling[names[0]], device)
+        if adapter.folded_from != wanted:
+            adapter.folded_scale = torch.tensor(wanted[0], device=device)
+            adapter.folded_from = wanted
