@@ -40,8 +40,8 @@ def nf4_config(family: Family, nf4: Nf4, dtype: torch.dtype) -> BitsAndBytesConf
 def kept_modules(family: Family, nf4: Nf4) -> tuple[str, ...]:
     """The modules that keep 16 bits: embeddings, projector and, unless asked, the vision tower.
 
-    The projector is a hundredth of the model, and its attention reads weights without calling
-    the layers that hold them.
+    The projector is a hundredth of the model, and most of its attention's weights are in no
+    linear layer.
     """
     vision = () if nf4.vision else family.parts.vision
     return (*family.embeddings, *family.parts.projector, *vision)
