@@ -12,7 +12,13 @@ from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
 from rich.console import Console
 from tiny import write_conversations, write_qwen_vl
-from transformers import PrinterCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from vltrain.config import FreezeConfig
@@ -180,6 +186,38 @@ def test_operations_are_counted_as_transformers_counts_them(base, samples, tmp_p
 
     assert [trainer.floating_point_ops(batch) for batch in batches] == theirs
     assert trainer.floating_point_ops({ROWS: batches}) == sum(theirs) > 0
+
+
+def test_a_step_that_is_left_out_moves_no_weight(base, samples, tmp_path, monkeypatch):
+    model = set_learned(load_model(base), QWEN_VL, FreezeConfig())
+    weights: list[torch.Tensor] = []
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            weights.append(model.lm_head.weight.detach().clone())
+
+    loss = Trainer.compute_loss
+    monkeypatch.setattr(
+        Trainer,
+        "compute_loss",
+        lambda self, *args, **more: (
+            loss(self, *args, **more) * (torch.nan if self.state.global_step == 1 else 1)
+        ),
+    )
+    options = {"max_steps": 3, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
+    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-2, weight_decay=0.1, **options)
+    collator = Collator(load_processor(base).pad_id)
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=collator,
+        stop_after_nonfinite=2,
+        callbacks=[Recorder()],
+    ).train()
+
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
 
 
 def test_all_of_a_model_with_adapters_is_in_training_mode_in_a_step(base, samples, tmp_path):

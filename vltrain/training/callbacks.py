@@ -36,7 +36,8 @@ class WholeGradients(TrainerCallback):
     """A gradient of zero for what learns and no sample of a step has touched.
 
     So a step without pictures moves the projector by what its optimizer remembers, in one process
-    as under the engines that put all gradients into one buffer.
+    as under the engines that put all gradients into one buffer. A step without any gradient is one
+    that is left out, and stays so.
     """
 
     def on_pre_optimizer_step(
@@ -47,10 +48,12 @@ class WholeGradients(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(parameter.grad is None for parameter in learned):
+            return
+        for parameter in learned:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 class ProgressBar(TrainerCallback):
