@@ -18,7 +18,7 @@ def shorten_steps(model: nn.Module) -> None:
     Args:
         model: not wrapped by an engine; what learns in it is settled.
     """
-    model.train(model.training)
+    type(model).train(model, model.training)
     model.learns_in_steps = [p for p in model.parameters() if p.requires_grad]
     model.train = MethodType(_train, model)
     model.zero_grad = MethodType(_zero_grad, model)

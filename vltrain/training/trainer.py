@@ -332,6 +332,8 @@ class Trainer(ResumableTrainer):
         super()._load_from_checkpoint(*args, **kwargs)
         if in_bf16 and isinstance(self.model, PeftModel):
             narrow_learned(self.model)
+        if self._engine.name in ("none", "ddp"):
+            shorten_steps(self.model)  # peft puts other parameters in place
 
     def widen_masters(self) -> None:
         """Let weights be the float32 that the optimizer has of them, once all steps are taken.
