@@ -13,7 +13,7 @@ from vltrain.training.host_time import shorten_steps
 def model() -> nn.Module:
     """Of two layers the second learns."""
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(requires_grad=False), nn.Linear(2, 1))
-    shorten_steps(model)
+    shorten_steps(model, torch.optim.SGD(model[1].parameters()))
     return model
 
 
@@ -28,7 +28,7 @@ def test_what_is_in_evaluation_mode_within_a_model_that_trains_is_put_into_its_m
     read = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
     model = nn.Sequential(read, nn.Linear(2, 1))
 
-    shorten_steps(model)
+    shorten_steps(model, torch.optim.SGD(model.parameters()))
     model.train()
 
     assert all(module.training for module in model.modules())

@@ -6,20 +6,23 @@ through thousands of modules, most of them frozen ones, which takes milliseconds
 
 from types import MethodType
 
+import torch
 from torch import nn
 
 
-def shorten_steps(model: nn.Module) -> None:
+def shorten_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Let `model.train()` and `model.zero_grad()` touch only what they change, in place.
 
     A model that is in training mode already is left as it is: here all modules in it are put into
     the mode of the whole, which a base that was read from a folder is not in under its adapters.
 
     Args:
-        model: not wrapped by an engine; what learns in it is settled.
+        model: not wrapped by an engine.
+        optimizer: of all in it that takes a gradient; of no parameters that peft has replaced
+            since, as it does where it reads a checkpoint.
     """
     type(model).train(model, model.training)
-    model.learns_in_steps = [p for p in model.parameters() if p.requires_grad]
+    model.learns_in_steps = [p for group in optimizer.param_groups for p in group["params"]]
     model.train = MethodType(_train, model)
     model.zero_grad = MethodType(_zero_grad, model)
 

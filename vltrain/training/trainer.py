@@ -106,7 +106,6 @@ class Trainer(ResumableTrainer):
         self._rate = rate
         if engine.name in ("none", "ddp"):
             self.add_callback(WholeGradients())
-            shorten_steps(self.model)
         self._token_flops: int | None = None  # not asked for yet
         if self.is_fsdp_enabled and self.args.bf16:
             plugin = self.accelerator.state.fsdp_plugin
@@ -178,6 +177,8 @@ class Trainer(ResumableTrainer):
         optimizer = super().create_optimizer(model)
         if self._rate is not None:
             split_groups(optimizer, self.model if model is None else model, self._rate)
+        if self._engine.name in ("none", "ddp"):
+            shorten_steps(self.model, optimizer)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
@@ -332,8 +333,6 @@ class Trainer(ResumableTrainer):
         super()._load_from_checkpoint(*args, **kwargs)
         if in_bf16 and isinstance(self.model, PeftModel):
             narrow_learned(self.model)
-        if self._engine.name in ("none", "ddp"):
-            shorten_steps(self.model)  # peft puts other parameters in place
 
     def widen_masters(self) -> None:
         """Let weights be the float32 that the optimizer has of them, once all steps are taken.
