@@ -24,7 +24,7 @@ from vltrain.models.plain_weights import plain_weights
 from vltrain.models.quantization import Nf4
 from vltrain.models.saving import Origin, save_adapter, write_origin
 from vltrain.workflows.merge import merge
-from vltrain.workflows.proof import compare, distance, prove_by_tensor
+from vltrain.workflows.proof import compare, distance, logits_tolerance, prove_by_tensor
 from vltrain.workflows.reload import (
     probe_inputs,
     probe_logits,
@@ -262,6 +262,12 @@ def test_logits_that_differ_or_are_no_numbers_are_refused():
             compare(wrong, expected, unchanged, **options)
 
 
+def test_roundings_of_more_layers_add_up_to_more():
+    assert logits_tolerance(torch.bfloat16, 2) == logits_tolerance(torch.bfloat16, 8) == 5e-2
+    assert logits_tolerance(torch.bfloat16, 32) == pytest.approx(0.1)
+    assert logits_tolerance(torch.float32, 32) == pytest.approx(2e-4)
+
+
 @pytest.mark.slow
 def test_a_merge_says_how_near_it_came(adapter, tmp_path, capsys):
     merge(adapter, tmp_path / "merged")
@@ -350,8 +356,20 @@ def test_a_merge_in_little_memory_writes_the_same_and_proves_each_tensor(base, t
 def test_a_tensor_that_is_not_on_the_disk_as_it_was_merged_is_refused(base, adapter, tmp_path):
     merged = MergedWeights(plain_weights(base), [saved_adapter(adapter)])
 
-    with pytest.raises(VltrainError, match="of a layer's outputs"):
+    with pytest.raises(VltrainError, match=r"of the outputs of transformer\.h\.0\.attn\.c_attn"):
         prove_by_tensor(merged, plain_weights(base))
+
+
+def test_a_merged_tensor_that_is_not_finite_is_refused(base, adapter, tmp_path):
+    merged = MergedWeights(plain_weights(base), [saved_adapter(adapter)])
+    merge(adapter, tmp_path / "merged")
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.1.mlp.w2.weight"][0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+
+    with pytest.raises(VltrainError, match=r"by nan% of the outputs of transformer\.h\.1\.mlp\.w2"):
+        prove_by_tensor(merged, plain_weights(tmp_path / "merged"))
 
 
 @pytest.fixture(scope="module")

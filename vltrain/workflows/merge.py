@@ -28,6 +28,7 @@ from vltrain.workflows.proof import (
     compare,
     distance,
     dtype_name,
+    logits_tolerance,
     nothing_changed,
     prove_by_tensor,
 )
@@ -57,8 +58,10 @@ class Plan:
     @property
     def tolerance(self) -> float:
         """How far logits may be from those of base + adapters, as a share of their size."""
-        own = TOLERANCE[self.merged.base.dtype]
-        return max(own, PACKED_TOLERANCE) if self.merged.base.packed.layers else own
+        base = self.merged.base
+        layers = base.model.config.get_text_config().num_hidden_layers
+        own = logits_tolerance(base.dtype, layers)
+        return max(own, PACKED_TOLERANCE) if base.packed.layers else own
 
     @property
     def beside(self) -> Nf4 | None:
