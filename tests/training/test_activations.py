@@ -19,7 +19,7 @@ from vltrain.models.catalog import QWEN_VL
 from vltrain.models.census import take_census
 from vltrain.models.layer_runs import LayerRuns, arrange_layers
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
-from vltrain.models.qwen_vl.modeling import DecoderLayer
+from vltrain.models.qwen_vl.decoder import DecoderLayer
 from vltrain.models.qwen_vl.positions import rotary_tables
 from vltrain.models.sizes import (
     AdapterSizes,

@@ -66,9 +66,8 @@ def bicubic_line(source: int, target: int, device: torch.device) -> Tensor:
     goes through all channels in one thread for each place, for milliseconds on a GPU.
     """
     places = torch.eye(source, dtype=torch.float32, device=device)[:, None, :, None]
-    return F.interpolate(places, size=(target, 1), mode="bicubic", align_corners=False)[
-        :, 0, :, 0
-    ].T
+    line = F.interpolate(places, size=(target, 1), mode="bicubic", align_corners=False)
+    return line[:, 0, :, 0].T
 
 
 class VisionAttention(nn.Module):
