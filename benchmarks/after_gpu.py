@@ -14,12 +14,10 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ import after_parts
 import torch
 import transformers
 from after_parts import Row, Work
-from merge_memory import tree, write_adapter, write_base
+from merge_memory import write_adapter, write_base
+from own_process import rows_of
 from real_size_lora import TOY
 
 from vltrain.models.quantization import Nf4
@@ -99,30 +98,6 @@ def measure(part: str, work: Work, seconds: float, answer: Connection) -> None:
     answer.send(None)
 
 
-def run(part: str, work: Work, seconds: float) -> Iterator[Row]:
-    """The rows of a part as they come, for so many seconds at most."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(part, work, seconds - 2, sender))
-    process.start()
-    sender.close()
-    deadline = time.monotonic() + seconds
-    try:
-        while receiver.poll(max(0.0, deadline - time.monotonic())):
-            row = receiver.recv()
-            if row is None:
-                return
-            yield row
-        yield {"failed": f"no end in {seconds:.0f} s"}
-    except EOFError:
-        process.join()
-        yield {"failed": f"the process ended with {process.exitcode}"}
-    finally:
-        for pid in tree(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.join()
-
-
 def lane(parts: dict[str, float], work: Work, deadline: float, write: Write) -> None:
     """Run some parts one after the other."""
     for part, limit in parts.items():
@@ -132,7 +107,7 @@ def lane(parts: dict[str, float], work: Work, deadline: float, write: Write) -> 
         if seconds < 10:
             write({"part": part, "failed": "no time left"})
             continue
-        for row in run(part, work, seconds):
+        for row in rows_of(measure, (part, work, seconds - 2), seconds):
             write({"part": part} | row)
 
 

@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from marlin_layer import MarlinLayer
+from own_process import rows_of
 from real_size_lora import TOY, Samples
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
@@ -230,29 +230,6 @@ def measure(weights: str, options: argparse.Namespace, answer: Connection) -> No
     answer.send(None)
 
 
-def run(weights: str, options: argparse.Namespace, seconds: float) -> Iterator[dict[str, Any]]:
-    """The cells of a kind of weights as they come, for `seconds` at most."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(weights, options, sender))
-    process.start()
-    sender.close()
-    deadline = time.monotonic() + seconds
-    try:
-        while receiver.poll(max(0.0, deadline - time.monotonic())):
-            cell = receiver.recv()
-            if cell is None:
-                return
-            yield cell
-        yield {"weights": weights, "failed": f"no end in {seconds:.0f} s"}
-    except EOFError:
-        process.join()
-        yield {"weights": weights, "failed": f"the process ended with {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
 def main() -> None:
     """Measure each kind of weights while there is time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -270,7 +247,8 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     for weights in options.weights:
         left = min(deadline - time.monotonic(), SECONDS[weights])
-        for cell in run(weights, options, left):
+        for row in rows_of(measure, (weights, options), left):
+            cell = {"weights": weights} | row
             cell |= {"context": options.context, "new_tokens": options.new_tokens}
             cell |= {"torch": torch.__version__, "transformers": transformers.__version__}
             cell["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
