@@ -176,7 +176,7 @@ def test_a_gpu_is_taken_to_have_kernels_where_triton_serves_it(
     monkeypatch, there, triton, capability, kernels
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(loss, "find_spec", lambda name: triton)
 
     assert loss.gpus_have_kernels() is kernels

@@ -51,9 +51,12 @@ class SummedCrossEntropy(torch.autograd.Function):
 def gpus_have_kernels() -> bool:
     """Whether the loss is taken to run in kernels on a GPU: this machine's, or any where it has
     none. Nothing is compiled to find out, so where a C compiler is lacking it may yet not."""
-    if not torch.cuda.is_available():
-        return True
-    return find_spec("triton") is not None and torch.cuda.get_device_capability() >= KERNEL_GPUS
+    return not torch.cuda.is_available() or _could_have_kernels(torch.device("cuda"))
+
+
+def _could_have_kernels(device: torch.device) -> bool:
+    new_enough = torch.cuda.get_device_capability(device) >= KERNEL_GPUS
+    return new_enough and find_spec("triton") is not None
 
 
 def kernels_for(logits: Tensor) -> ModuleType | None:
@@ -75,7 +78,7 @@ def kernels_for(logits: Tensor) -> ModuleType | None:
 @cache
 def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """`loss_kernels`, once it has computed something on this GPU; None where it cannot."""
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < KERNEL_GPUS:
+    if not _could_have_kernels(device):
         return None
     logits = torch.zeros(1, 8, dtype=dtype, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)

@@ -30,18 +30,7 @@ def row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     norms = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
     losses = torch.empty_like(norms)
-    if len(norms):
-        with torch.cuda.device_of(logits):
-            _row_losses[(len(norms),)](
-                logits,
-                targets.contiguous(),
-                norms,
-                losses,
-                logits.size(1),
-                logits.stride(0),
-                size=BLOCK,
-                num_warps=WARPS,
-            )
+    _launch(_row_losses, len(norms), logits, targets, norms, losses)
     return norms, losses
 
 
@@ -53,19 +42,26 @@ def put_gradient(logits: Tensor, targets: Tensor, norms: Tensor, scale: Tensor) 
         norms: the first that it returned.
         scale: float32 scalar on the same GPU; the host does not look at it.
     """
-    if len(norms):
+    blocks = triton.cdiv(logits.size(1), BLOCK)
+    _launch(_put_gradient, len(norms) * blocks, logits, targets, norms, scale)
+    torch.autograd.graph.increment_version(logits)  # torch does not see a kernel write
+
+
+def _launch(
+    kernel: triton.JITFunction, programs: int, logits: Tensor, targets: Tensor, *others: Tensor
+) -> None:
+    """Run a kernel over the logits; of no program at all there is nothing to run."""
+    if programs:
         with torch.cuda.device_of(logits):
-            _put_gradient[(len(norms) * triton.cdiv(logits.size(1), BLOCK),)](
+            kernel[(programs,)](
                 logits,
                 targets.contiguous(),
-                norms,
-                scale,
+                *others,
                 logits.size(1),
                 logits.stride(0),
                 size=BLOCK,
                 num_warps=WARPS,
             )
-    torch.autograd.graph.increment_version(logits)  # torch does not see a kernel write
 
 
 @triton.jit
