@@ -99,15 +99,25 @@ def scales_of(weight: Tensor) -> Tensor:
 
 
 def nearest(weight: Tensor, scales: Tensor) -> Tensor:
-    """The codes, uint8, that lie nearest to weights float32 [N, columns]."""
-    return (weight / scales.float()).round_().add_(ZERO).clamp_(0, LARGEST).to(torch.uint8)
+    """The levels, whole numbers around 0, that lie nearest to weights; both float32 [N, columns].
+
+    Args:
+        scales: float32 [N, 1], of one level.
+    """
+    return (weight / scales).round_().clamp_(-ZERO, LARGEST - ZERO)
+
+
+def codes_of(levels: Tensor) -> Tensor:
+    """The codes, uint8, that levels are written as."""
+    return (levels + ZERO).to(torch.uint8)
 
 
 def round_to_nearest(weight: Tensor, group_size: int = GROUP_SIZE) -> Codes:
     """A weight float [N, K] rounded, each number by itself: what GPTQ is held against."""
     groups = weight.float().split(group_size, dim=1)
     scales = [scales_of(group) for group in groups]
-    codes = [nearest(group, scale) for group, scale in zip(groups, scales, strict=True)]
+    levels = [nearest(group, s.float()) for group, s in zip(groups, scales, strict=True)]
+    codes = [codes_of(group) for group in levels]
     return Codes(torch.cat(codes, dim=1), torch.cat(scales, dim=1))
 
 
@@ -139,13 +149,13 @@ def solve(weight: Tensor, moments: Tensor, group_size: int = GROUP_SIZE) -> Code
         levels, lost = torch.empty_like(group), torch.empty_like(group)
         for place in range(group.size(1)):  # few operations: on a GPU their number is the time
             column = group[:, place : place + 1]
-            level = (column / wide).round_().clamp_(-ZERO, LARGEST - ZERO)
+            level = nearest(column, wide)
             gone = torch.addcmul(column, level, wide, value=-1)
             levels[:, place : place + 1] = level
             lost[:, place : place + 1] = gone
             group[:, place:].addcmul_(gone, rows[place, start + place : end], value=-1)
         left[:, end:] -= lost @ rows[:, end:]
-        all_codes.append((levels + ZERO).to(torch.uint8))
+        all_codes.append(codes_of(levels))
         all_scales.append(scales)
     return Codes(torch.cat(all_codes, dim=1), torch.cat(all_scales, dim=1))
 
