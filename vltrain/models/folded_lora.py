@@ -22,24 +22,25 @@ class FoldedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """float [..., D] -> float [..., E]."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        plain = self.training and not (args or kwargs) and _is_plain(self, names)
-        if self.folded_scale is None or not plain:
+        name = _only_adapter(self)
+        plain = self.training and not (args or kwargs) and name is not None
+        if self.folded_scale is None or not plain or not _is_plain(self, name):
             return super().forward(x, *args, **kwargs)
-        (name,) = names
         result = self.base_layer(x)
         wide = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
         added = F.linear(self.lora_A[name](wide), self.lora_B[name].weight * self.folded_scale)
         return (result + added).to(result.dtype)
 
 
-def _is_plain(layer: Linear, names: list[str]) -> bool:
-    return (
-        len(names) == 1
-        and not (layer.disable_adapters or layer.merged)
-        and names[0] not in layer.lora_variant
-        and layer.lora_B[names[0]].bias is None
-    )
+def _only_adapter(layer: Linear) -> str | None:
+    """The name of the adapter that is active; None where there are more, or none."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return names[0] if len(names) == 1 else None
+
+
+def _is_plain(layer: Linear, name: str) -> bool:
+    changed = layer.disable_adapters or layer.merged or name in layer.lora_variant
+    return not changed and layer.lora_B[name].bias is None
 
 
 def fold_adapters(layer: nn.Module) -> list[FoldedLinear]:
@@ -60,10 +61,10 @@ def set_scales(adapters: list[FoldedLinear], device: torch.device) -> None:
     In evaluation scales are not looked at, and `peft` computes.
     """
     for adapter in adapters:
-        names = [name for name in adapter.active_adapters if name in adapter.lora_A]
-        if len(names) != 1:
+        name = _only_adapter(adapter)
+        if name is None:
             continue
-        wanted = (adapter.scaling[names[0]], device)
+        wanted = (adapter.scaling[name], device)
         if adapter.folded_from != wanted:
             adapter.folded_scale = torch.tensor(wanted[0], device=device)
             adapter.folded_from = wanted
