@@ -101,6 +101,8 @@ def test_beside_a_gpu_processes_open_pictures_as_far_as_there_are_cores(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
+    for key, value in (("LOCAL_RANK", 0), ("WORLD_SIZE", processes)):
+        monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
 
     assert loading_workers(trainer) == workers

@@ -19,6 +19,7 @@ from vltrain.config import Recipe, unknown_key
 from vltrain.errors import VltrainError
 from vltrain.models.loading import DTYPES, dtype_for_machine
 from vltrain.training.engines import NO_ENGINE, Engine, engine_settings
+from vltrain.training.processes import local_share
 from vltrain.training.trainer import compute_precision
 
 COUNTS = (
@@ -121,7 +122,7 @@ def loading_workers(trainer: Mapping[str, Any]) -> int:
 
     On a CPU none: they would take the cores from training.
     """
-    among = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _, among = local_share()
     spare = min(LOADING_WORKERS, (os.cpu_count() or 1) // among - 1)
     implied = max(spare, 0) if torch.cuda.is_available() else 0
     return int(trainer.get("dataloader_num_workers", implied))

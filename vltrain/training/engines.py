@@ -129,7 +129,7 @@ def choose_engine(
     if choice == "ddp":
         return _ddp("the recipe asks for it", machine)
     if machine.gpu_bytes is None:
-        return _ddp("on CPUs the model is held whole", machine)
+        return Engine("ddp", "on CPUs the model is held whole")
     fitting, reason = _smallest_that_fits(machine, load(), allow_ddp=True)
     if fitting == "ddp":
         return _ddp(reason, machine)
