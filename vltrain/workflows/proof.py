@@ -72,7 +72,8 @@ def compare(
     difference = Difference(merged=distance(found, expected), base=distance(unchanged, expected))
     if torch.equal(found, unchanged):
         raise nothing_changed(adapter, dtype)
-    refuse_distant(difference.merged, "the logits", dtype, tolerance, adapter)
+    hint = "; --low-memory says which layer it is"
+    refuse_distant(difference.merged, "the logits", dtype, tolerance, adapter, hint)
     return difference
 
 
@@ -87,17 +88,21 @@ def nothing_changed(adapter: Path, dtype: torch.dtype) -> VltrainError:
 
 
 def refuse_distant(
-    merged: float, of: str, dtype: torch.dtype, tolerance: float, adapter: Path
+    merged: float, of: str, dtype: torch.dtype, tolerance: float, adapter: Path, hint: str = ""
 ) -> None:
-    """Raise VltrainError where a difference is more than rounding to a dtype explains."""
+    """Raise VltrainError where a difference is more than rounding to a dtype explains.
+
+    Args:
+        hint: what else may mend it.
+    """
     if not merged <= tolerance:  # not a number is no pass either
         raise VltrainError.at(
             str(adapter),
             what=f"merged weights differ from base + adapter by {merged:.2%} of {of}, "
             f"{tolerance:.2%} is what rounding to {dtype_name(dtype)} explains; nothing "
             "was kept",
-            fix="look for weights that are not finite: the run's loss in metrics.jsonl tells; "
-            "--low-memory says which layer it is",
+            fix="look for weights that are not finite: the run's loss in metrics.jsonl tells"
+            + hint,
         )
 
 
