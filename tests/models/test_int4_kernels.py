@@ -25,13 +25,16 @@ def packed(tmp_path):
     return write_gptq(tmp_path / "packed"), tmp_path / "packed"
 
 
+@torch.no_grad()
+def put_into_kernel(model):
+    """Logits before, how many layers are in the kernel, and logits after."""
+    return model(input_ids=IDS).logits, use_kernel(model), model(input_ids=IDS).logits
+
+
 @pytest.mark.slow
 def test_all_packed_layers_answer_as_before(packed):
     model = load_model(packed[1])
-    with torch.no_grad():
-        before = model(input_ids=IDS).logits
-        made = use_kernel(model)
-        after = model(input_ids=IDS).logits
+    before, made, after = put_into_kernel(model)
 
     assert made == 10
     assert isinstance(model.get_submodule(LAYER), Int4Linear)
@@ -112,12 +115,9 @@ def with_adapter(folder, dtype="auto", **options):
 @pytest.mark.slow
 def test_layers_below_an_adapter_are_in_the_kernel_and_the_adapter_counts(packed):
     model = with_adapter(packed[1])
-    with torch.no_grad():
-        before = model(input_ids=IDS).logits
-        made = use_kernel(model)
-        after = model(input_ids=IDS).logits
-        with model.disable_adapter():
-            alone = model(input_ids=IDS).logits
+    before, made, after = put_into_kernel(model)
+    with torch.no_grad(), model.disable_adapter():
+        alone = model(input_ids=IDS).logits
 
     assert made == 10
     left = {type(m).__name__ for m in model.modules() if "qweight" in m._buffers}
