@@ -7,6 +7,8 @@ compiled for a dtype and for whether rows begin at multiples of 16 logits, not f
 Dimension letters: `T` rows, `V` vocabulary.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -47,10 +49,8 @@ def put_gradient(logits: Tensor, targets: Tensor, norms: Tensor, scale: Tensor) 
     torch.autograd.graph.increment_version(logits)  # torch does not see a kernel write
 
 
-def _launch(
-    kernel: triton.JITFunction, programs: int, logits: Tensor, targets: Tensor, *others: Tensor
-) -> None:
-    """Run a kernel over the logits; of no program at all there is nothing to run."""
+def _launch(kernel: Any, programs: int, logits: Tensor, targets: Tensor, *others: Tensor) -> None:
+    """Run a kernel of `triton.jit` over the logits; of no program at all there is nothing to run."""
     if programs:
         with torch.cuda.device_of(logits):
             kernel[(programs,)](
