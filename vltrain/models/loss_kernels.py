@@ -50,7 +50,7 @@ def put_gradient(logits: Tensor, targets: Tensor, norms: Tensor, scale: Tensor) 
 
 
 def _launch(kernel: Any, programs: int, logits: Tensor, targets: Tensor, *others: Tensor) -> None:
-    """Run a kernel of `triton.jit` over the logits; of no program at all there is nothing to run."""
+    """Run a kernel of `triton.jit` over the logits; of no program there is nothing to run."""
     if programs:
         with torch.cuda.device_of(logits):
             kernel[(programs,)](
