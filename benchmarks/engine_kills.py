@@ -77,7 +77,7 @@ def launchers(bench: Bench) -> None:
 
 def by_torchrun(bench: Bench, words: Sequence[str]) -> list[str]:
     """A module of Python on all processes."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={bench.gpus}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={bench.gpus}"]
     return [sys.executable, *torchrun, *words]
 
 
@@ -159,6 +159,6 @@ def merge(bench: Bench, name: str) -> dict[str, Any]:
     done = run_to_end(bench, [sys.executable, "-m", "vltrain", *words])
     if done is None:
         return {"error": "took too long"}
-    said = (done.stdout + done.stderr).strip().splitlines()[-1:]
+    said = (done.stdout or done.stderr).strip().splitlines()[-1:]
     seconds = time.monotonic() - started
     return {"exit_code": done.returncode, "said": said, "seconds": seconds}
