@@ -82,7 +82,10 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
     fast = Cell("all, fast", short)
     lengths = (short, middle, long, longest)
     together = [replace(fast, tokens=tokens) for tokens in lengths]
-    lean = replace(fast, name="all, lean", recompute_every=1, row_tokens=longest)
+    lean = [
+        replace(fast, name="all, lean", tokens=tokens, row_tokens=tokens, kept=0.0)
+        for tokens in lengths
+    ]
     half = replace(fast, name="all, every second layer recomputed", recompute_every=2)
     whole = replace(fast, name="all, every layer recomputed", recompute_every=1)
     packed = replace(whole, name="packed alone", compiled=False)
@@ -92,8 +95,7 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
     return [
         *together,
         replace(whole, tokens=longest),
-        replace(lean, tokens=longest),
-        replace(lean, name="all, lean, 0% kept", tokens=longest, recompute_every=0, kept=0.0),
+        *reversed(lean),
         replace(packed, tokens=middle),
         replace(plain, tokens=middle),
         replace(plain, name="no recomputation alone", tokens=middle, recompute_every=0),
@@ -117,7 +119,7 @@ def cells(short: int, middle: int, long: int, longest: int) -> list[Cell]:
         *(replace(kept, tokens=tokens, row_tokens=4 * longest) for tokens in lengths),
         replace(base, tokens=short),
         replace(base, tokens=longest),
-        replace(lean, name="Base: all, lean", tokens=longest, embeddings=True),
+        replace(lean[-1], name="Base: all, lean", embeddings=True),
         replace(base, name="Base: all, fast, bf16 learned", tokens=longest, narrow=True),
         replace(fast, name="all, fast, no dropout", tokens=longest, dropout=0.0),
         replace(fast, name="all, fast, fp8", tokens=middle, fp8=True),

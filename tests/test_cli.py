@@ -368,7 +368,7 @@ def test_profile_gets_method_lengths_and_model(called: list[tuple]):
 def test_profile_without_words_measures_the_lengths_of_the_original(called: list[tuple]):
     assert type_in("profile") == 0
 
-    assert called[0][2]["lengths"] == [384, 512, 1024, 2048]
+    assert called[0][2]["lengths"] == [384, 512, 1024, 2048, "mixed"]
     assert called[0][2]["model"] is None
 
 

@@ -20,6 +20,7 @@ from vltrain.models.adapters import (
     PartCount,
     add_lora,
     count_parts,
+    let_go_of_originals,
     set_learned,
     widen_learned,
     wrap_plain_layers_first,
@@ -183,11 +184,37 @@ def test_full_learns_in_float32_beside_a_vit_in_bfloat16(base):
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+def test_a_copy_learns_is_saved_and_is_read_without_the_weights_it_was_made_of(base, tmp_path):
+    model = adapted(base, freeze=FreezeConfig(projector=False), embeddings=True)
+    loss = loss_of_a_picture(model)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    model.zero_grad()
+
+    let_go_of_originals(model)
+
+    assert not [name for name, _ in model.named_parameters() if ".original_module" in name]
+    assert torch.equal(loss_of_a_picture(model), loss)
+    loss_of_a_picture(model).backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert torch.equal(parameter.grad, gradients[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(loss_of_a_picture(model), loss)
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="were let go"):
+        loss_of_a_picture(model)
+
+
 def test_parts_are_counted_and_copies_that_learn_not_twice(base):
     plain = count_parts(load_model(base), QWEN_VL)
     freeze = FreezeConfig(projector=False)
 
-    counts = count_parts(adapted(base, freeze=freeze, embeddings=True), QWEN_VL)
+    model = adapted(base, freeze=freeze, embeddings=True)
+    counts = count_parts(model, QWEN_VL)
 
     embeddings = 2 * 480 * 128  # wte and lm_head: 480 ids, width 128
     # c_attn 128 -> 384, attn.c_proj 128 -> 128, w1 and w2 128 -> 128, rank 4, two layers
@@ -198,6 +225,8 @@ def test_parts_are_counted_and_copies_that_learn_not_twice(base):
     # of the projector, ln_post (2 x 128) and proj (128 x 128) do not learn
     projector = plain["projector"].total
     assert counts["projector"] == PartCount(projector - 2 * 128 - 128 * 128, projector)
+    let_go_of_originals(model)
+    assert count_parts(model, QWEN_VL) == counts
 
 
 def test_every_adapter_gets_a_gradient_in_the_first_step(base):

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from vltrain.training.made_up import MadeUpSamples, write_photo
+from vltrain.training.made_up import MadeUpSamples, spread_lengths, write_photo
 
 PICTURE = (900, 902, 902, 901)
 
 
 def test_a_sample_has_its_length_its_picture_and_text_that_is_all_learned():
-    samples = MadeUpSamples(PICTURE, 10, 3, lambda: {"pixel_values": "pixels"})
+    samples = MadeUpSamples(PICTURE, spread_lengths(10, 10, 3), lambda: {"pixel_values": "pixels"})
     sample = samples[1]
 
     assert len(samples) == 3
@@ -25,10 +26,19 @@ def test_a_sample_has_its_length_its_picture_and_text_that_is_all_learned():
 
 
 def test_the_same_number_gives_the_same_sample_and_another_another():
-    samples = MadeUpSamples(PICTURE, 40, 2, dict)
+    samples = MadeUpSamples(PICTURE, spread_lengths(40, 40, 2), dict)
 
     assert samples[0] == samples[0]
     assert samples[0] != samples[1]
+
+
+def test_lengths_are_spread_from_the_least_to_the_greatest_as_their_logarithms_are():
+    lengths = spread_lengths(10, 1000, 3000)
+
+    assert lengths.min() == 10
+    assert 950 < lengths.max() <= 1000
+    assert abs(np.mean(lengths < 100) - 0.5) < 0.03
+    assert np.array_equal(lengths, spread_lengths(10, 1000, 3000))
 
 
 def test_a_photo_is_a_jpeg_of_12_megapixels(tmp_path: Path):

@@ -61,6 +61,7 @@ FULL = Census(
 )
 BATCH = BatchSizes(rows=1, row_tokens=10, learned_tokens=6, pictures=1)
 WORK = Work(Compute(2), Optimizer("adamw_torch_fused"))
+SENT = replace(WORK, sharing=Sharing("ddp", processes=2))
 
 
 def moment(census: Census, work: Work, name: str, sizes: ModelSizes = SIZES):
@@ -93,22 +94,36 @@ def test_a_full_run_takes_sixteen_bytes_for_each_learned_weight_and_copies_of_th
     assert sum(memory.weights.values()) == 4 * 2880 + 2 * 700
     assert memory.optimizer == 8 * 2880
     assert moment(FULL, WORK, "the loss").gradients == 4 * 2880
-    # Autocast copies the layers' and the head's matrices; embeddings are looked up as they are.
+    # Autocast copies the layers' matrices; embeddings are looked up as they are.
+    assert moment(FULL, WORK, "the loss, backward").copies == 0
+    # Of the head, which is less than a piece, and its gradient in bf16; and of 6 tokens.
     assert moment(FULL, WORK, "the loss").copies == 2 * (1280 + 800)
-    assert moment(FULL, WORK, "the loss, backward").copies == 2 * 800
+    assert moment(FULL, WORK, "the head, backward").copies == (2 + 2) * 800 + (4 + 2) * 6 * 8
+    assert moment(FULL, WORK, "the embeddings, backward").copies == 3 * 4 * 10 * 8
+
+
+def test_a_head_of_many_pieces_is_never_copied_whole():
+    wide = replace(SIZES, decoder=replace(SIZES.decoder, vocabulary=20_000))
+
+    assert moment(FULL, WORK, "the loss", wide).copies == 2 * (1280 + 8192 * 8)
+
+
+def test_where_gradients_are_sent_they_are_there_whole_before_they_are_added():
+    assert moment(FULL, SENT, "the loss").copies == 2 * (1280 + 800)
+    assert moment(FULL, SENT, "the loss, backward").copies == 2 * 800
     # The head's gradient comes in bf16 and is widened, beside the copy of its weights.
-    assert moment(FULL, WORK, "the head, backward").copies == (2 + 4 + 2) * 800
-    assert moment(FULL, WORK, "the embeddings, backward").copies == 4 * 800
+    assert moment(FULL, SENT, "the head, backward").copies == (2 + 4 + 2) * 800
+    assert moment(FULL, SENT, "the embeddings, backward").copies == 4 * 800
 
 
 def test_copies_stay_where_layers_are_not_recomputed():
     bare = replace(WORK, compute=replace(WORK.compute, checkpointing=False))
 
-    assert moment(FULL, bare, "the loss, backward").copies == 2 * (1280 + 800)
+    assert moment(FULL, bare, "the loss, backward").copies == 2 * 1280
 
 
 def test_copies_of_recomputed_layers_are_made_anew():
-    every_second = replace(WORK, compute=replace(WORK.compute, recompute_every=2))
+    every_second = replace(SENT, compute=replace(WORK.compute, recompute_every=2))
 
     # Of two layers one; autocast lets go of the other's copies at the end of the forward.
     assert moment(FULL, every_second, "the loss, backward").copies == 2 * (640 + 800)
@@ -116,7 +131,7 @@ def test_copies_of_recomputed_layers_are_made_anew():
 
 
 def test_compiled_layers_make_copies_that_autocast_does_not_hold_on_to():
-    compiled = replace(WORK, compute=replace(WORK.compute, compiled=True))
+    compiled = replace(SENT, compute=replace(WORK.compute, compiled=True))
 
     assert moment(FULL, compiled, "the loss").copies == 2 * 800  # the head's
 
@@ -127,8 +142,8 @@ def test_layers_that_keep_a_share_keep_a_share_of_their_copies():
         for share in (0.5, 0.0)
     )
 
-    assert moment(FULL, half, "the loss, backward").copies == 2 * (640 + 800)
-    assert moment(FULL, none, "the loss, backward").copies == 2 * 800
+    assert moment(FULL, half, "the loss, backward").copies == 2 * 640
+    assert moment(FULL, none, "the loss, backward").copies == 0
     # A layer that is on its way back has its own: 640 numbers; and a gradient of 8 x 24.
     assert moment(FULL, none, "the last layer, backward").copies == 2 * 640 + (2 + 4) * 8 * 24
 
@@ -157,7 +172,7 @@ def test_in_float32_nothing_is_copied():
     whole = replace(WORK, compute=Compute(4))
 
     assert moment(FULL, whole, "the loss").copies == 0
-    assert moment(FULL, whole, "the head, backward").copies == 4 * 800
+    assert moment(FULL, whole, "the head, backward").copies == 4 * 800 + (4 + 4) * 6 * 8
 
 
 def test_without_accumulation_no_gradient_is_there_before_the_way_back():

@@ -20,6 +20,7 @@ from vltrain.workflows.profile import in_steps_of, profile_steps, work_of_model
 
 CONFIG = QwenVLConfig.from_published(dict(QWEN_VL_CONFIG))
 HEAD = 480 * 128
+PICTURE_TOKENS = len(QWEN_VL.example_picture(CONFIG).input_ids)
 LAYERS = 2 * (128 * 384 + 384 + 128 * 128 + 3 * 128 * 128 + 2 * 128) + 128
 
 
@@ -50,6 +51,8 @@ def test_each_length_has_its_row_and_the_figures_fit_each_other(folder, tmp_path
         seconds = row["seconds_per_step"]
         assert seconds > 0
         assert row["tokens_per_second"] == pytest.approx(8 * row["tokens"] / seconds)
+        learned = 8 * (row["tokens"] - PICTURE_TOKENS)
+        assert row["learned_tokens_per_second"] == pytest.approx(learned / seconds)
         assert row["utilisation"] == pytest.approx(row["flops"] / seconds / 1e9)
         assert 0 < row["waiting_share"] < 1
         assert row["peak_gib"] is None
@@ -114,7 +117,7 @@ def test_a_length_that_does_not_fit_says_so_and_the_others_go_on(
     train = profile._train
 
     def short_of_memory(subject, rate, tokens, *others):
-        if tokens == 30:
+        if tokens.longest == 30:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return train(subject, rate, tokens, *others)
 
@@ -128,9 +131,27 @@ def test_a_length_that_does_not_fit_says_so_and_the_others_go_on(
     assert "does not fit" in capsys.readouterr().out
 
 
-def test_lengths_without_room_for_a_picture_are_refused(folder, tmp_path):
-    with pytest.raises(VltrainError, match="--lengths: 6 is given, and a sample with a picture"):
-        measured(folder, tmp_path / "p.json", lengths=(24, 6))
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_mixed_lengths_lie_between_those_that_are_given(folder, tmp_path, capsys, packing):
+    packed = f"data.packing={packing}"
+    figures = measured(folder, tmp_path / "p.json", packed, lengths=(24, 40, "mixed"), steps=3)
+
+    row = figures["rows"][2]
+    assert (row["shortest_tokens"], row["tokens"]) == (24, 40)
+    tokens = row["tokens_per_second"] * row["seconds_per_step"] / 8
+    learned = row["learned_tokens_per_second"] * row["seconds_per_step"] / 8
+    assert 26 < tokens < 38
+    assert learned == pytest.approx(tokens - PICTURE_TOKENS)
+    assert "24 to 40" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lengths", "named"), [((24, 6), "6"), (("mixed",), "no number"), ((), "no number")]
+)
+def test_lengths_without_room_for_a_picture_are_refused(folder, tmp_path, lengths, named):
+    with pytest.raises(VltrainError, match=f"--lengths: {named} is given, and a sample with a"):
+        measured(folder, tmp_path / "p.json", lengths=lengths)
 
 
 def test_a_model_larger_than_the_machine_is_refused(monkeypatch, tmp_path):

@@ -31,8 +31,13 @@ def profile(
     ] = False,
     lengths: Annotated[
         str,
-        typer.Option("--lengths", metavar="N,N,…", help="Tokens of a sample, picture included."),
-    ] = "384,512,1024,2048",
+        typer.Option(
+            "--lengths",
+            metavar="N,N,…",
+            help="Tokens of a sample, picture included; mixed: samples of all lengths between "
+            "the least and the greatest that is given.",
+        ),
+    ] = "384,512,1024,2048,mixed",
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Measured for each length, after warming up.")
     ] = 5,
@@ -56,17 +61,19 @@ def profile(
         method=method,
         model=model,
         random=random,
-        lengths=_numbers(lengths),
+        lengths=_lengths(lengths),
         steps=steps,
         overrides=overrides or (),
         output=output,
     )
 
 
-def _numbers(text: str) -> list[int]:
+def _lengths(text: str) -> list[int | Literal["mixed"]]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [part if part == "mixed" else int(part) for part in text.split(",")]
     except ValueError:
         raise VltrainError.at(
-            f"--lengths {text}", what="is no list of numbers", fix="write --lengths 384,2048"
+            f"--lengths {text}",
+            what="is no list of numbers",
+            fix="write --lengths 384,2048 or --lengths 384,2048,mixed",
         ) from None

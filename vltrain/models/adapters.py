@@ -8,6 +8,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -19,7 +20,7 @@ from vltrain.models.shares import is_zero3
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_MARK = ".lora_"
-COPY_MARK = ".modules_to_save."
+COPY_MARK, ORIGINAL_MARK = ".modules_to_save.", ".original_module."
 WRAPPINGS = re.compile(r"\.(?:modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
 PLAIN_LAYERS = (nn.Linear, nn.Embedding)  # exactly these: quantized ones are subclasses
 
@@ -175,6 +176,24 @@ def learns_beside(name: str, family: Family, freeze: FreezeConfig) -> bool:
     return freeze.projector is False and any(has_prefix(name, p) for p in family.default_projector)
 
 
+class LetGo(nn.Module):
+    """In the place of a module of the base whose copy learns."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Raises RuntimeError: there are no weights any more."""
+        raise RuntimeError("the base's own weights of a module that learns whole were let go")
+
+
+def let_go_of_originals(model: nn.Module) -> None:
+    """Free the weights of which `peft` keeps a copy that learns: training computes with the copy.
+
+    The model can then not be run without its adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.original_module = LetGo()
+
+
 def wrap_plain_layers_first(config: PeftConfig) -> None:
     """Let `peft` wrap unquantized layers without asking quantization libraries about them.
 
@@ -235,10 +254,13 @@ def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount
     """Learned and all parameters of each part, low-rank adapters as a part of their own.
 
     A module that learns whole beside LoRA is a copy: it counts as learned in its part, and not
-    twice in the part's size. A weight of 4 or 8 bits counts as one.
+    twice in the part's size, its original there or not. A weight of 4 or 8 bits counts as one.
     """
     counts: dict[CountedPart, PartCount] = {}
     in_fp8 = fp8_weights(model)
+    originals = {
+        published_name(name) for name, _ in model.named_parameters() if ORIGINAL_MARK in name
+    }
     for name, parameter in model.named_parameters():
         layer, _, own_name = name.rpartition(".")
         if layer in in_fp8 and own_name != "bias":
@@ -248,7 +270,7 @@ def count_parts(model: nn.Module, family: Family) -> dict[CountedPart, PartCount
         before = counts.get(part, PartCount(0, 0))
         size = weight_count(parameter)
         learned = size if parameter.requires_grad else 0
-        own = 0 if COPY_MARK in name else size
+        own = 0 if COPY_MARK in name and plain in originals else size
         counts[part] = PartCount(before.learned + learned, before.total + own)
     for name, size in (gptq_weights(model) | in_fp8).items():
         part = family.parts.of(published_name(name))

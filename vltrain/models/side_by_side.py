@@ -8,6 +8,7 @@ from vltrain.models.adapted import load_adapted
 from vltrain.models.adapters import (
     ADAPTER_MARK,
     COPY_MARK,
+    ORIGINAL_MARK,
     published_name,
     wrap_plain_layers_first,
 )
@@ -65,5 +66,5 @@ def _replace_whole(model: PeftModel, merged: MergedWeights) -> None:
     whole = {name for adapter in merged.adapters for name in adapter.whole}
     for name, parameter in model.named_parameters():
         plain = published_name(name)
-        if plain in whole and (COPY_MARK in name or ".original_module." not in name):
+        if plain in whole and (COPY_MARK in name or ORIGINAL_MARK not in name):
             parameter.copy_(merged.read(plain))

@@ -7,6 +7,9 @@ from typing import Literal
 Place = Literal["vision", "projector", "embeddings", "layers", "head", "adapter"]
 """The parts of a model, the language model in three: what it reads with, its stack, its head."""
 
+HEAD_PIECE = 8192
+"""Rows of a learned head's matrix that are computed with at a time, in a process by itself."""
+
 
 @dataclass(frozen=True)
 class DecoderSizes:

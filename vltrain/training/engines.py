@@ -52,6 +52,11 @@ class Engine:
         """Whether every process has to run every module: each holds a share of its weights."""
         return self.name == "fsdp2" or self.zero_stage == 3
 
+    @property
+    def leaves_model_as_it_is(self) -> bool:
+        """Whether parameters, gradients and optimizer are torch's own, whole in each process."""
+        return self.name in ("none", "ddp")
+
     def for_any_number(self) -> "Engine":
         """The same, for reading a checkpoint that other numbers of processes can read as well."""
         config = dict(self.config or {})

@@ -21,7 +21,7 @@ class Weights:
     count: int
     learns: bool
 
-    def flops(self, tokens: int, *, passed_on: bool) -> int:
+    def flops(self, tokens: float, *, passed_on: bool) -> float:
         """Operations of a step.
 
         Args:
@@ -48,8 +48,8 @@ class ModelWork:
     image_tokens: int  # of a picture
 
     def step_flops(
-        self, *, tokens: int, learned: int, pictures: int, skipped: tuple[str, ...] = ()
-    ) -> int:
+        self, *, tokens: float, learned: float, pictures: int, skipped: tuple[str, ...] = ()
+    ) -> float:
         """Operations that a step is about, however they are done.
 
         The vision tower works on patches; the projector is counted on the image tokens that come

@@ -15,29 +15,35 @@ PHOTO_SIDES = (4000, 3000)  # pixels, 12 megapixels as of a telephone
 COARSE_SIDES = (160, 120)
 
 
+def spread_lengths(shortest: int, longest: int, count: int) -> np.ndarray:
+    """int32 [count]: tokens of samples, drawn evenly on a logarithmic scale, the same every time.
+
+    Both ends are among what may be drawn.
+    """
+    drawn = np.random.default_rng(0).uniform(np.log(shortest), np.log(longest + 1), count)
+    return np.clip(np.exp(drawn).astype(np.int32), shortest, longest)
+
+
 class MadeUpSamples(Dataset[dict[str, Any]]):
-    """Samples of one length: a picture, then random text of which every token is learned."""
+    """Samples of a picture and then random text, of which every token is learned."""
 
     def __init__(
         self,
         picture_ids: tuple[int, ...],
-        tokens: int,
-        count: int,
+        lengths: np.ndarray,
         picture: Callable[[], dict[str, Any]],
     ) -> None:
         """Nothing is opened yet.
 
         Args:
             picture_ids: marks and image tokens of a picture; text has lower ids.
-            tokens: of each sample, those of the picture included.
-            count: of samples.
+            lengths: int32 [samples], tokens of each, those of the picture included.
             picture: reads it, for each sample anew: what a sample has of its pictures.
         """
         self.picture_ids, self.picture = picture_ids, picture
-        text = tokens - len(picture_ids)
-        self.lengths = np.full(count, tokens, np.int32)
-        self.learned_tokens = np.full(count, text, np.int32)
-        self.image_counts = np.full(count, 1, np.int32)
+        self.lengths = lengths
+        self.learned_tokens = lengths - np.int32(len(picture_ids))
+        self.image_counts = np.ones_like(lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from vltrain.models.sizes import Census, ModelSizes, Place
+from vltrain.models.sizes import HEAD_PIECE, Census, ModelSizes, Place
 from vltrain.training.activations import (
+    FLOAT,
     SEEING,
     BatchSizes,
     Compute,
@@ -145,13 +146,33 @@ class Step:
         head = self.sizes.decoder.vocabulary * self.sizes.decoder.width
         return self.work.compute.bytes * (layer + max(layer, head))
 
+    @property
+    def _alone(self) -> bool:
+        """Whether the process has the model to itself: then embeddings and head that learn add up
+        their own gradients (`vltrain.models.learned_vocabulary`)."""
+        return self.work.sharing.engine == "none"
+
     def _copies(self, *places: Place) -> int:
         """What autocast makes of the learned float32 matrices in places, once a forward."""
-        width, copies = self.work.compute.bytes, 0
-        for there in map(self.computed.at, places):
-            if there.learned_bytes > there.learned * width:
-                copies += there.learned_matrices * width
-        return copies
+        whole = (place for place in places if not (place == "head" and self._alone))
+        return sum(
+            self.computed.at(place).learned_matrices * self.work.compute.bytes
+            for place in whole
+            if self._is_copied(place)
+        )
+
+    def _is_copied(self, place: Place) -> bool:
+        """Whether what learns there is wider than what is computed with."""
+        there = self.computed.at(place)
+        return there.learned_bytes > there.learned * self.work.compute.bytes
+
+    @property
+    def _head_piece(self) -> int:
+        """A piece of a head that adds up its own gradient, as it is computed with."""
+        if not (self._alone and self.computed.at("head").learned):
+            return 0
+        d = self.sizes.decoder
+        return min(HEAD_PIECE, d.vocabulary) * d.width * self.work.compute.bytes
 
     @cached_property
     def _made_in_layers(self) -> int:
@@ -219,7 +240,9 @@ class Step:
             activations=self._kept + decoder_output(self.sizes, self.computed, self.batch),
             logits=logits_forward(self.sizes, self.batch, self.work.compute),
             vision=self._seen,
-            copies=(self._kept_copies if compiled else self._copies(*places)) + self._gathered,
+            copies=(self._kept_copies if compiled else self._copies(*places))
+            + (self._head_piece if self._is_copied("head") else 0)
+            + self._gathered,
         )
 
     def _loss_backward(self) -> Moment:
@@ -241,10 +264,19 @@ class Step:
         return count * (width + own if own > width else width)
 
     def _head_backward(self) -> Moment:
-        own = self._fresh_gradient("head", self.computed.at("head").learned)
+        """One that adds up its own gradient has a piece of its weights and of their gradient at a
+        time, and in float32 the gradient of what it has read, beside a piece's share of that."""
+        gradients = self._gradients_before
+        if piece := self._head_piece:
+            gradients = max(gradients, self._gradients_at("head"))
+            read = self.batch.learned_tokens * self.sizes.decoder.width
+            own = piece * (2 if self._is_copied("head") else 1)
+            own += read * (FLOAT + self.work.compute.bytes)
+        else:
+            own = self._fresh_gradient("head", self.computed.at("head").learned)
         return Moment(
             "the head, backward",
-            self._gradients_before,
+            gradients,
             activations=self._kept,
             logits=logits_gradient(self.sizes, self.batch, self.work.compute),
             vision=self._seen,
@@ -290,8 +322,12 @@ class Step:
         )
 
     def _embeddings_backward(self) -> Moment:
-        """The embedding matrix' gradient is dense, and there beside the one it is added to."""
-        own = self.computed.at("embeddings").learned_bytes
+        """The embedding matrix' gradient is dense, and there beside the one it is added to. Where
+        it is added up in place there are the tokens' alone: as they come, in order, and summed."""
+        there, batch = self.computed.at("embeddings"), self.batch
+        own = there.learned_bytes
+        if self._alone and there.learned:
+            own = 3 * batch.tokens * self.sizes.decoder.width * own // there.learned
         copies = own + self._gathered
         return Moment("the embeddings, backward", self._gradients, vision=self._seen, copies=copies)
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from vltrain.data.mixing import Mix
 from vltrain.models.layer_runs import LayerRuns
-from vltrain.training.trainer import Trainer
+from vltrain.training.step_batches import ROWS
+from vltrain.training.trainer import TokenCounts, Trainer
 
 
 class StepClock(TrainerCallback):
@@ -37,17 +38,23 @@ def _synchronize() -> None:
 
 
 class DataClock(Trainer):
-    """A Trainer that notes how long it waits for the data of each optimizer step."""
+    """A Trainer that notes how long it waits for each optimizer step's data, and how much it is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.waited: list[float] = []  # seconds
+        self.taken: list[TokenCounts] = []
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        found = super().get_batch_samples(*args, **kwargs)
         self.waited.append(time.perf_counter() - began)
-        return batches
+        counts = TokenCounts()
+        for batch in found[0]:
+            for row in batch.get(ROWS, [batch]):
+                counts.add(row.get("attention_mask"), row["labels"])
+        self.taken.append(counts)
+        return found
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,18 @@ class Measured:
 
     seconds: tuple[float, ...]  # of each optimizer step, its data there
     waited: tuple[float, ...]  # for the data of each: to be read, put together and sent off
+    tokens: tuple[int, ...]  # of each, padding left out
+    learned: tuple[int, ...]  # tokens of each
     peak_bytes: int | None  # that torch had allocated at most; None without a GPU
     reserved_bytes: int | None  # that its allocator held of the GPU at most
     context_bytes: int | None  # that the GPU has used beside the allocator's, in the end
 
     def seconds_per_step(self, warmup: int) -> float:
-        """The median, its data waited for, without the first `warmup` steps."""
+        """The data waited for, without the first `warmup` steps: the median; the mean where steps
+        are not of the same number of tokens."""
         whole = [sum(one) for one in zip(self.seconds, self.waited, strict=True)]
-        return statistics.median(whole[warmup:])
+        alike = len({*self.tokens[warmup:]}) == 1
+        return (statistics.median if alike else statistics.mean)(whole[warmup:])
 
     def waiting_share(self, warmup: int) -> float:
         """Of the time of all steps but the first `warmup`, the share that data was waited for."""
@@ -107,12 +118,18 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    times = tuple(clock.seconds), tuple(trainer.waited[: len(clock.seconds)])
+    steps = len(clock.seconds)
+    of_steps = (
+        tuple(clock.seconds),
+        tuple(trainer.waited[:steps]),
+        tuple(int(counts.real) for counts in trainer.taken[:steps]),
+        tuple(int(counts.learned) for counts in trainer.taken[:steps]),
+    )
     if not on_gpu:
-        return Measured(*times, None, None, None)
+        return Measured(*of_steps, None, None, None)
     free, whole = torch.cuda.mem_get_info()
     return Measured(
-        *times,
+        *of_steps,
         torch.cuda.max_memory_allocated(),
         torch.cuda.max_memory_reserved(),
         whole - free - torch.cuda.memory_reserved(),

@@ -21,7 +21,9 @@ from vltrain.data.mixing import Mix
 from vltrain.data.packing import PackedDataset
 from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
+from vltrain.models.adapters import let_go_of_originals
 from vltrain.models.layer_runs import LayerRuns, arrange_layers
+from vltrain.models.learned_vocabulary import add_in_place
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.epoch_order import EpochOrder, row_order, sample_order, step_order
@@ -104,7 +106,7 @@ class Trainer(ResumableTrainer):
         self._mix = mix
         self._engine = engine
         self._rate = rate
-        if engine.name in ("none", "ddp"):
+        if engine.leaves_model_as_it_is:
             self.add_callback(WholeGradients())
         self._token_flops: int | None = None  # not asked for yet
         if self.is_fsdp_enabled and self.args.bf16:
@@ -177,8 +179,11 @@ class Trainer(ResumableTrainer):
         optimizer = super().create_optimizer(model)
         if self._rate is not None:
             split_groups(optimizer, self.model if model is None else model, self._rate)
-        if self._engine.name in ("none", "ddp"):
+        if self._engine.leaves_model_as_it_is:
             shorten_steps(self.model, optimizer)
+            let_go_of_originals(self.model)
+        if self._engine.name == "none":
+            add_in_place(self.model)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:

@@ -12,6 +12,7 @@ from vltrain.data.dataset import SampleDataset
 from vltrain.data.streaming import Split
 from vltrain.errors import VltrainError
 from vltrain.models.adapted import saved_shape
+from vltrain.models.adapters import let_go_of_originals
 from vltrain.models.catalog import family_of, read_json
 from vltrain.models.census import skeleton, take_census
 from vltrain.models.family import Family, FeatureStage
@@ -111,13 +112,16 @@ class Counted:
     stage: FeatureStage | None  # the last on a picture's way up to which nothing learns
 
 
-def count_run(recipe: Recipe, base: Base, gpu_bytes: int | None) -> Counted:
+def count_run(
+    recipe: Recipe, base: Base, gpu_bytes: int | None, engine: Engine | None = None
+) -> Counted:
     """Where the parameters of a run lie, which of them learn, and how a full run holds those.
 
     No weight is read. Layers in fp8 count as the bf16 that they take the bytes of.
 
     Args:
         gpu_bytes: of the one GPU; None on a CPU, and where processes share the run.
+        engine: what the model trains under; None: it is counted as it is before it trains.
     """
     model = skeleton(base.family, base.config, DTYPES[run_dtype(recipe)])
     if recipe.method == "qlora":
@@ -125,6 +129,8 @@ def count_run(recipe: Recipe, base: Base, gpu_bytes: int | None) -> Counted:
     learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=0)
     held = hold_weights(learning, recipe, gpu_bytes)
     stage = frozen_stage(learning, base.family)
+    if engine is not None and engine.leaves_model_as_it_is:
+        let_go_of_originals(learning)
     return Counted(take_census(learning, base.family), held, stage)
 
 
@@ -147,7 +153,8 @@ def memory_of(
         halves: the run's data; None where it is not known.
         gpu_bytes: of each GPU; None where no size is known.
     """
-    counted = count_run(recipe, base, gpu_bytes if engine.name == "none" else None)
+    one = gpu_bytes if engine.name == "none" else None
+    counted = count_run(recipe, base, one, engine)
     work = work_of(recipe, arguments, engine, processes, counted.held, halves)
     features = features_of(recipe, base.config, counted.stage, engine, arguments, halves)
     run = RunMemory(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -33,7 +34,7 @@ from vltrain.training.arguments import run_dtype, training_arguments
 from vltrain.training.engines import NO_ENGINE
 from vltrain.training.files import write_whole
 from vltrain.training.flops import ModelWork, Weights, matmul_rate
-from vltrain.training.made_up import MadeUpSamples, write_photo
+from vltrain.training.made_up import MadeUpSamples, spread_lengths, write_photo
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
 from vltrain.workflows.base import Base, count_run, read_base, refuse_unfit_fp8
@@ -41,13 +42,16 @@ from vltrain.workflows.estimate import draft, probe_recipe, random_model, run_me
 from vltrain.workflows.features import autocast_of
 from vltrain.workflows.memory import gpu_memory, largest_batch_of, layers_of
 from vltrain.workflows.prepare import hold_weights, prepare_model, refuse_unfit_base
-from vltrain.workflows.profile_report import Row, Setting, as_object, headings, line, show
+from vltrain.workflows.profile_report import Row, Setting, Span, as_object, headings, line, show
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, Packer
 from vltrain.workflows.train import optimizer_of
 
 STEP_SAMPLES = 8  # of the original's own table: 1 at a time, accumulated 8 times
 LENGTHS = (384, 512, 1024, 2048)  # tokens of a sample, as there
+MIXED = "mixed"
+Length = int | Literal["mixed"]
+"""Tokens of each sample; or of all lengths from the least to the greatest that is given."""
 WARMUP_STEPS, COMPILING_STEPS = 1, 3  # before the measured ones; 3 where layers are compiled
 PUBLISHED = "the published size"
 
@@ -70,7 +74,7 @@ def profile_steps(
     method: Method | None = None,
     model: str | None = None,
     random: bool = False,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[Length] = (*LENGTHS, MIXED),
     steps: int = 5,
     overrides: Sequence[str] = (),
     output: Path | None = None,
@@ -93,7 +97,7 @@ def profile_steps(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe, base, made_up = _read(folder, recipe_file, method, model, overrides)
-        _refuse_short(lengths, base)
+        spans = _spans(lengths, base)
         _refuse_small_machine(recipe, base)
         random = random or made_up
         setting = Setting(
@@ -109,8 +113,8 @@ def profile_steps(
             console.print(heading, soft_wrap=True, highlight=False)
         subject = _subject(recipe, base, folder, random=random)
         rows: list[Row] = []
-        for tokens in lengths:
-            rows.append(_measured(subject, setting.rate, tokens, steps, folder))
+        for span in spans:
+            rows.append(_measured(subject, setting.rate, span, steps, folder))
             console.print(line(rows[-1]), soft_wrap=True, highlight=False)
             if output is not None:
                 write_whole(output, json.dumps(as_object(setting, rows), indent=1))
@@ -181,16 +185,24 @@ def keeps_features(recipe: Recipe) -> bool:
     return recipe.data.cache_features is not False and recipe.freeze.vision
 
 
-def _refuse_short(lengths: Sequence[int], base: Base) -> None:
+def _spans(lengths: Sequence[Length], base: Base) -> list[Span]:
+    """What is measured, of lengths that samples can have.
+
+    Raises:
+        VltrainError: some have no room for a picture, or there are none to mix.
+    """
+    numbers = [tokens for tokens in lengths if tokens != MIXED]
     least = len(base.family.example_picture(base.config).input_ids) + 2
-    short = [str(tokens) for tokens in lengths if tokens < least]
-    if short or not lengths:
+    short = [str(tokens) for tokens in numbers if tokens < least]
+    if short or not numbers:
         raise VltrainError.at(
             "--lengths",
-            what=f"{', '.join(short) or 'nothing'} is given, and a sample with a picture has at "
+            what=f"{', '.join(short) or 'no number'} is given, and a sample with a picture has at "
             f"least {least:,} tokens",
             fix=f"give lengths of {least:,} or more",
         )
+    mixed = Span(min(numbers), max(numbers))
+    return [mixed if tokens == MIXED else Span(tokens, tokens) for tokens in lengths]
 
 
 def _refuse_small_machine(recipe: Recipe, base: Base) -> None:
@@ -292,29 +304,29 @@ def work_of_model(model: PreTrainedModel | PeftModel, base: Base) -> ModelWork:
     )
 
 
-def _measured(subject: Subject, rate: float, tokens: int, steps: int, folder: Path) -> Row:
-    """Steps of samples of one length; that they do not fit is an answer, too."""
+def _measured(subject: Subject, rate: float, span: Span, steps: int, folder: Path) -> Row:
+    """Steps of samples of some lengths; that they do not fit is an answer, too."""
     try:
-        return _train(subject, rate, tokens, steps, folder)
+        return _train(subject, rate, span, steps, folder)
     except torch.cuda.OutOfMemoryError as error:
         problem = f"does not fit the GPU ({_first_line(error)})"
     # Behind the handler, whose traceback holds what the step had made.
     subject.model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return Row(tokens, error=problem)
+    return Row(span, error=problem)
 
 
-def _train(subject: Subject, rate: float, tokens: int, steps: int, folder: Path) -> Row:
+def _train(subject: Subject, rate: float, span: Span, steps: int, folder: Path) -> Row:
     base, model = subject.base, subject.model
-    recipe = replace(subject.recipe, data=replace(subject.recipe.data, max_length=tokens))
+    recipe = replace(subject.recipe, data=replace(subject.recipe.data, max_length=span.longest))
     picture_ids = base.family.example_picture(base.config).input_ids
     compiled = recipe.compile is not False
     warmup = COMPILING_STEPS if compiled else WARMUP_STEPS
     recipe = probe_recipe(recipe, folder / "run")
     recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": warmup + steps})
-    count = STEP_SAMPLES * (warmup + steps)
-    samples = MadeUpSamples(picture_ids, tokens, count, subject.picture)
+    tokens = spread_lengths(span.shortest, span.longest, STEP_SAMPLES * (warmup + steps))
+    samples = MadeUpSamples(picture_ids, tokens, subject.picture)
     arguments = training_arguments(recipe)
     rows = None
     if recipe.data.packing:
@@ -336,17 +348,16 @@ def _train(subject: Subject, rate: float, tokens: int, steps: int, folder: Path)
         optimizer=optimizer_of(recipe, arguments, held),
     )
     seconds = measured.seconds_per_step(warmup)
+    taken, learned = (mean(each[warmup:]) for each in (measured.tokens, measured.learned))
     flops = subject.work.step_flops(
-        tokens=STEP_SAMPLES * tokens,
-        learned=STEP_SAMPLES * (tokens - len(picture_ids)),
-        pictures=STEP_SAMPLES,
-        skipped=subject.skipped,
+        tokens=taken, learned=learned, pictures=STEP_SAMPLES, skipped=subject.skipped
     )
     return Row(
-        tokens,
+        span,
         seconds_per_step=seconds,
         waiting_share=measured.waiting_share(warmup),
-        tokens_per_second=STEP_SAMPLES * tokens / seconds,
+        tokens_per_second=taken / seconds,
+        learned_tokens_per_second=learned / seconds,
         flops=flops,
         utilisation=flops / seconds / rate,
         peak_gib=_gib(measured.peak_bytes),

@@ -19,13 +19,26 @@ WAITING_LIMIT = 0.01  # share of the time from which on waiting for data is wort
 
 
 @dataclass(frozen=True)
-class Row:
-    """What steps of samples of one length took, or why they could not be taken."""
+class Span:
+    """Tokens of a sample: from the least to the greatest; both are the same where all are."""
 
-    tokens: int  # of a sample
-    seconds_per_step: float | None = None  # the median; waiting for data is in it
+    shortest: int
+    longest: int
+
+    def __str__(self) -> str:
+        alike = self.shortest == self.longest
+        return f"{self.longest:,}" if alike else f"{self.shortest:,} to {self.longest:,}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What steps of samples of some lengths took, or why they could not be taken."""
+
+    tokens: Span  # of a sample
+    seconds_per_step: float | None = None  # median, of mixed lengths mean; waiting for data is in
     waiting_share: float | None = None  # of the time, for data
     tokens_per_second: float | None = None
+    learned_tokens_per_second: float | None = None
     flops: float | None = None  # of a step: see `flops.ModelWork`
     utilisation: float | None = None  # of the device's measured rate
     peak_gib: float | None = None  # that torch had allocated; None without a GPU
@@ -98,8 +111,8 @@ def headings(setting: Setting) -> Iterator[Text | str]:
 def line(row: Row) -> str:
     """A row as soon as it is known."""
     if row.error is not None:
-        return f"{row.tokens:,} tokens: {row.error}"
-    return f"{row.tokens:,} tokens: {row.seconds_per_step:.3g} s a step"
+        return f"{row.tokens} tokens: {row.error}"
+    return f"{row.tokens} tokens: {row.seconds_per_step:.3g} s a step"
 
 
 def show(console: Console, setting: Setting, rows: Sequence[Row]) -> None:
@@ -107,7 +120,8 @@ def show(console: Console, setting: Setting, rows: Sequence[Row]) -> None:
     table = Table()
     on_gpu = torch.cuda.is_available()
     titles = ["tokens a sample", "s per step", *(["peak GiB"] if on_gpu else [])]
-    for title in (*titles, "tokens/s", "utilisation", "waiting for data"):
+    rates = ("tokens/s", "learned/s")
+    for title in (*titles, *rates, "utilisation", "waiting for data"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*_cells(row, on_gpu=on_gpu))
@@ -132,12 +146,13 @@ def show(console: Console, setting: Setting, rows: Sequence[Row]) -> None:
 
 def _cells(row: Row, *, on_gpu: bool) -> list[str]:
     if row.error is not None:
-        return [f"{row.tokens:,}", "does not fit"]
+        return [str(row.tokens), "does not fit"]
     return [
-        f"{row.tokens:,}",
+        str(row.tokens),
         f"{row.seconds_per_step:.3g}",
         *([f"{row.peak_gib:.1f}"] if on_gpu else []),
         f"{row.tokens_per_second:,.0f}",
+        f"{row.learned_tokens_per_second:,.0f}",
         f"{row.utilisation:.1%}",
         f"{row.waiting_share:.1%}",
     ]
@@ -167,5 +182,8 @@ def as_object(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
         "workers": setting.workers,
         "flops_per_second": setting.rate,
         "flops_per_second_of": setting.rate_in_words,
-        "rows": [asdict(row) for row in rows],
+        "rows": [
+            asdict(row) | {"tokens": row.tokens.longest, "shortest_tokens": row.tokens.shortest}
+            for row in rows
+        ],
     }
