@@ -387,11 +387,22 @@ def test_as_many_steps_are_timed_as_are_run(base: Path, data: Path, tmp_path: Pa
 
     assert len(measured.seconds) == 4
     assert measured.peak_bytes is None
-    assert len(measured.waited) == 4
+    pairs = list(zip(measured.waited, measured.seconds, strict=True))
+    assert len(pairs) == 4
+    assert all(0 < waited < seconds for waited, seconds in pairs)
 
 
-def test_the_time_of_a_step_has_the_time_that_its_data_takes():
-    measured = Measured((9.0, 1.0, 3.0, 2.0), (9.0, 0.5, 0.0, 0.25), None, None, None)
+def measured_of(tokens: tuple[int, ...]) -> Measured:
+    seconds, waited = (9.0, 1.0, 6.0, 2.0), (8.0, 0.5, 0.0, 0.25)
+    return Measured(seconds, waited, tokens, tokens, None, None, None)
 
-    assert measured.seconds_per_step(1) == 2.25
-    assert measured.waiting_share(1) == 0.75 / 6.75
+
+def test_the_time_of_a_step_is_the_median_behind_those_that_warm_up():
+    measured = measured_of((7, 8, 8, 8))
+
+    assert measured.seconds_per_step(1) == 2
+    assert measured.waiting_share(1) == 0.75 / 9
+
+
+def test_the_time_of_steps_of_other_tokens_is_their_mean():
+    assert measured_of((7, 7, 8, 9)).seconds_per_step(1) == 3

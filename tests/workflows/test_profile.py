@@ -60,7 +60,7 @@ def test_each_length_has_its_row_and_the_figures_fit_each_other(folder, tmp_path
     assert figures["weights"] == "real"
     assert figures["samples_per_step"] == 8
     said = capsys.readouterr().out
-    assert "utilisation: of 0.001 TFLOP/s, measured here" in said
+    assert "MFU: model FLOP utilisation, of 0.001 TFLOP/s, measured here" in said
     assert "padded, layers not compiled, gradient checkpointing on" in said
 
 

@@ -13,23 +13,26 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from vltrain.data.mixing import Mix
 from vltrain.models.layer_runs import LayerRuns
+from vltrain.training.look_ahead import Fetched
 from vltrain.training.step_batches import ROWS
 from vltrain.training.trainer import TokenCounts, Trainer
 
 
 class StepClock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, from its first forward on."""
+    """Wall-clock seconds of each optimizer step, from the end of the one before to its own."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         _synchronize()
-        self.started = time.perf_counter()
+        self.last_end = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         _synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
+        now = time.perf_counter()
+        self.seconds.append(now - self.last_end)
+        self.last_end = now
 
 
 def _synchronize() -> None:
@@ -37,32 +40,65 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+class Wait:
+    """A stretch of time in which the device had nothing to do, or the process where it computes."""
+
+    def __init__(self) -> None:
+        """It begins where the device has done all that it was asked before."""
+        self._began = _moment()
+
+    def end(self) -> "Wait":
+        """It ends here, or did not last where the device is still at work."""
+        self._ended = _moment()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """How long it was; the device must have come to its end."""
+        if isinstance(self._began, float):
+            return self._ended - self._began
+        return self._began.elapsed_time(self._ended) / 1000
+
+
+def _moment() -> Any:
+    """Now, by the clock or on a GPU's own queue."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class DataClock(Trainer):
-    """A Trainer that notes how long it waits for each optimizer step's data, and how much it is."""
+    """A Trainer that notes how long each optimizer step waits for data, and how much it takes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.waited: list[float] = []  # seconds
+        self.waits: list[tuple[int, Wait]] = []  # in which step
         self.taken: list[TokenCounts] = []
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        found = super().get_batch_samples(*args, **kwargs)
-        self.waited.append(time.perf_counter() - began)
+    def fetch_step(self, *args: Any, **kwargs: Any) -> Fetched:
+        wait = Wait()
+        batches, learned = super().fetch_step(*args, **kwargs)
+        self.waits.append((self.state.global_step, wait.end()))
         counts = TokenCounts()
-        for batch in found[0]:
+        for batch in batches:
             for row in batch.get(ROWS, [batch]):
                 counts.add(row.get("attention_mask"), row["labels"])
         self.taken.append(counts)
-        return found
+        return batches, learned
+
+    def waited(self, step: int) -> float:
+        """Seconds in a step, by its number from 0."""
+        return sum(wait.seconds for number, wait in self.waits if number == step)
 
 
 @dataclass(frozen=True)
 class Measured:
     """What steps of training took."""
 
-    seconds: tuple[float, ...]  # of each optimizer step, its data there
-    waited: tuple[float, ...]  # for the data of each: to be read, put together and sent off
+    seconds: tuple[float, ...]  # of each optimizer step, with what it waited for data
+    waited: tuple[float, ...]  # for data, in each: the device had nothing to do
     tokens: tuple[int, ...]  # of each, padding left out
     learned: tuple[int, ...]  # tokens of each
     peak_bytes: int | None  # that torch had allocated at most; None without a GPU
@@ -70,16 +106,14 @@ class Measured:
     context_bytes: int | None  # that the GPU has used beside the allocator's, in the end
 
     def seconds_per_step(self, warmup: int) -> float:
-        """The data waited for, without the first `warmup` steps: the median; the mean where steps
-        are not of the same number of tokens."""
-        whole = [sum(one) for one in zip(self.seconds, self.waited, strict=True)]
+        """Without the first `warmup` steps: the median; the mean where steps are not of the same
+        number of tokens."""
         alike = len({*self.tokens[warmup:]}) == 1
-        return (statistics.median if alike else statistics.mean)(whole[warmup:])
+        return (statistics.median if alike else statistics.mean)(self.seconds[warmup:])
 
     def waiting_share(self, warmup: int) -> float:
         """Of the time of all steps but the first `warmup`, the share that data was waited for."""
-        waited = sum(self.waited[warmup:])
-        return waited / (sum(self.seconds[warmup:]) + waited)
+        return sum(self.waited[warmup:]) / sum(self.seconds[warmup:])
 
 
 def measure(
@@ -121,7 +155,7 @@ def measure(
     steps = len(clock.seconds)
     of_steps = (
         tuple(clock.seconds),
-        tuple(trainer.waited[:steps]),
+        tuple(trainer.waited(step) for step in range(steps)),
         tuple(int(counts.real) for counts in trainer.taken[:steps]),
         tuple(int(counts.learned) for counts in trainer.taken[:steps]),
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,13 +28,14 @@ from vltrain.training.finiteness import (
     listed,
     not_finite_error,
 )
+from vltrain.training.look_ahead import LookingAhead
 from vltrain.training.processes import wait_for_all
 from vltrain.training.stopping import LeaveSignals
 
 logger = logging.getLogger(__name__)
 
 
-class ResumableTrainer(transformers.Trainer):
+class ResumableTrainer(LookingAhead):
     """Checkpoints appear whole; a stop, or a loss that is not finite, is every process's decision.
 
     What a resumed run computes is to the bit what it would have computed uninterrupted: beside

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vltrain.training.epoch_order import EpochOrder, row_order, sample_order, st
 from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.host_time import shorten_steps
 from vltrain.training.learning_rates import split_groups
+from vltrain.training.look_ahead import Fetched
 from vltrain.training.master_adamw import masters_of, narrow_learned
 from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.step_batches import ROWS, StepBatches, in_turn
@@ -152,15 +153,15 @@ class Trainer(ResumableTrainer):
                 self._told.add(reason)
                 logger.warning("a sample is dropped: %s", reason)
 
-    def get_batch_samples(
-        self, *args: Any, **kwargs: Any
-    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+    def fetch_step(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> Fetched:
         """The batches of a step and how many tokens it learns, which its loss is divided by: at
         least one, or a step whose samples are all dropped would divide by zero."""
-        batches, learned = super().get_batch_samples(*args, **kwargs)
+        batches, learned = super().fetch_step(epoch_iterator, num_batches, device)
         rows = [row for batch in batches for row in batch.get(ROWS, ())]
         if rows:
-            _, learned = super().get_batch_samples(iter(rows), len(rows), self.args.device)
+            _, learned = super().fetch_step(iter(rows), len(rows), device)
         return batches, learned.clamp(min=1) if isinstance(learned, Tensor) else learned
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -187,10 +188,16 @@ class Trainer(ResumableTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
-        """Gradients of bfloat16 weights are measured in float32: `torch` keeps 8 bits of it."""
-        if self._engine.name != "none" or not _learns_in_bf16(model):
+        """Of what the optimizer holds: to go through all of a model takes the host milliseconds.
+
+        Gradients of bfloat16 weights are measured in float32: `torch` keeps 8 bits of it.
+        """
+        if not self._engine.leaves_model_as_it_is:
             return super()._clip_grad_norm(model)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self._engine.name != "none" or all(p.dtype != torch.bfloat16 for p in learned):
+            return self.accelerator.clip_grad_norm_(learned, self.args.max_grad_norm)
+        gradients = [p.grad for p in learned if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         torch._foreach_mul_(gradients, (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -35,7 +35,7 @@ class Row:
     """What steps of samples of some lengths took, or why they could not be taken."""
 
     tokens: Span  # of a sample
-    seconds_per_step: float | None = None  # median, of mixed lengths mean; waiting for data is in
+    seconds_per_step: float | None = None  # the median; of mixed lengths the mean
     waiting_share: float | None = None  # of the time, for data
     tokens_per_second: float | None = None
     learned_tokens_per_second: float | None = None
@@ -43,7 +43,7 @@ class Row:
     utilisation: float | None = None  # of the device's measured rate
     peak_gib: float | None = None  # that torch had allocated; None without a GPU
     reserved_gib: float | None = None  # that its allocator held
-    seconds: tuple[float, ...] = ()  # of each measured step, without waiting
+    seconds: tuple[float, ...] = ()  # of each measured step
     error: str | None = None
 
 
@@ -119,18 +119,25 @@ def show(console: Console, setting: Setting, rows: Sequence[Row]) -> None:
     """Print all rows as a table, and what its columns mean."""
     table = Table()
     on_gpu = torch.cuda.is_available()
-    titles = ["tokens a sample", "s per step", *(["peak GiB"] if on_gpu else [])]
-    rates = ("tokens/s", "learned/s")
-    for title in (*titles, *rates, "utilisation", "waiting for data"):
+    titles = ["tokens a sample", "s/step", *(["peak GiB"] if on_gpu else [])]
+    for title in (*titles, "tokens/s", "learned/s", "MFU", "waiting"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*_cells(row, on_gpu=on_gpu))
     console.print(table)
-    console.print(f"utilisation: of {setting.rate_in_words}", soft_wrap=True, highlight=False)
+    console.print(
+        f"MFU: model FLOP utilisation, of {setting.rate_in_words}", soft_wrap=True, highlight=False
+    )
     console.print(
         "model FLOPs: for each weight of the language model and token 4 where it is frozen under "
         "what learns, 6 where it learns; of a frozen vision tower 2 for each patch. Attention's "
         "products, adapters and what is recomputed do not count",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(
+        "learned/s: tokens that are learned; waiting: the share of the time in which there was "
+        "nothing to do but to read data",
         soft_wrap=True,
         highlight=False,
     )
