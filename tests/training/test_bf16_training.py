@@ -132,6 +132,7 @@ def test_a_gradients_size_is_measured_and_clipped_as_in_float32(base, tmp_path):
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_grad_norm=0.5)
     trainer = Trainer(model=model, args=arguments, data_collator=Collator(pad_id=256))
+    trainer.create_optimizer()
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     assert trainer._clip_grad_norm(model).item() == pytest.approx(count**0.5, rel=1e-4)
