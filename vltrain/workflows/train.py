@@ -39,7 +39,7 @@ from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
-from vltrain.workflows.advice import refuse_what_cannot_fit
+from vltrain.workflows.advice import refuse_what_cannot_fit, speed_advice
 from vltrain.workflows.base import (
     Base,
     memory_of,
@@ -254,6 +254,9 @@ def show_plan(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {run_dtype(recipe)}, on {arguments.device}"
     )
+    faster = speed_advice(recipe, engine)
+    if arguments.device.type == "cuda" and faster is not None:
+        console.print(faster, soft_wrap=True)
     if engine.name != "none":
         console.print(
             f"{process_count()} processes under {engine}: {engine.reason}", soft_wrap=True
