@@ -98,7 +98,7 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
     assert wanted["method"] == "full" or not learns_to_see(model, QWEN_VL)
     base = Base(ResolvedModel(Path("random"), None, "random"), QWEN_VL, config, None)
     work = work_of_model(model, base)  # before the engine shares it out
-    rate = matmul_rate(arguments.device, model.get_input_embeddings().weight.dtype)
+    rate = matmul_rate(arguments.device, torch.bfloat16 if on_gpu else torch.float32)
     samples = wanted["accumulation"] * process_count() * steps
     clock, start = StepClock(), StartPeak()
     trainer = Trainer(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from vltrain.models import learned_vocabulary
@@ -108,3 +109,26 @@ def test_a_batch_that_learns_nothing_has_a_gradient_of_zeros():
     model.head(torch.empty(0, WIDTH, requires_grad=True)).sum().backward()
 
     assert not model.head.weight.grad.any()
+
+
+def test_tensors_that_are_kept_elsewhere_until_the_way_back_change_nothing():
+    ours, theirs = Ends(torch.float32), Ends(torch.float32)
+    add_in_place(ours)
+
+    with torch.autograd.graph.save_on_cpu():
+        ours(IDS).square().sum().backward()
+
+    theirs(IDS).square().sum().backward()
+    torch.testing.assert_close(
+        [p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()]
+    )
+
+
+def test_adapters_of_a_head_are_left_to_peft():
+    model = get_peft_model(Ends(torch.float32), LoraConfig(target_modules=["head"], r=2))
+    model.get_input_embeddings = lambda: model.base_model.model.reading
+    model.get_output_embeddings = lambda: model.base_model.model.head
+
+    add_in_place(model)
+
+    assert not [m for m in model.modules() if isinstance(m, LearnedHead | LearnedEmbedding)]

@@ -1,5 +1,6 @@
 """Batches that are fetched while the step before is still going on."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,36 @@ def test_behind_the_last_step_nothing_is_fetched(tmp_path):
     train(tmp_path, log, Numbers(log, 9), max_steps=2)
 
     assert log == [0, 1, 2, "end 1", "end 2"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_of_an_epoch_outlives_it(tmp_path, workers):
+    before = len(multiprocessing.active_children())
+    kept: list[LookingAhead] = []
+
+    class Kept(LookingAhead):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            kept.append(self)
+
+    train(tmp_path, [], Numbers([], 9), Kept, max_steps=2, dataloader_num_workers=workers)
+
+    assert (kept[0]._ahead, kept[0]._asked) == (None, None)
+    assert len(multiprocessing.active_children()) == before
+
+
+def test_an_epoch_that_does_not_divide_evenly_is_read_to_its_end_once(tmp_path):
+    counts: list[int] = []
+
+    class Counting(LookingAhead):
+        def read_batches(self, *args: Any) -> list[dict[str, Any]]:
+            batches = super().read_batches(*args)
+            counts.append(len(batches))
+            return batches
+
+    train(tmp_path, [], Numbers([], 3), Counting, gradient_accumulation_steps=2, num_train_epochs=3)
+
+    assert counts == [2, 1] * 3
 
 
 @pytest.mark.parametrize("settings", [{"num_train_epochs": 3}, {"max_steps": 7}])

@@ -235,7 +235,10 @@ def test_what_takes_less_time_is_a_recipe_of_the_same_steps(tmp_path, method, se
 
 @pytest.mark.parametrize(
     "setting",
-    ["compile=true", "memory=lean", "trainer.train_sampling_strategy=group_by_length"],
+    [
+        *("compile=true", "memory=lean", "trainer.train_sampling_strategy=group_by_length"),
+        "trainer.gradient_checkpointing_kwargs={use_reentrant: false}",
+    ],
 )
 def test_a_recipe_that_has_its_own_way_is_told_of_no_other(tmp_path, setting):
     assert speed_advice(recipe_of(tmp_path, setting), NO_ENGINE) is None

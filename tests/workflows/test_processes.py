@@ -49,18 +49,23 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in RunDir(run).read_metrics() if "loss" in row]
 
 
-def test_a_broken_picture_of_the_last_of_four_processes_ends_all_with_one_error(base, tmp_path):
+@pytest.mark.parametrize("place", [3, 11])  # of the first step, and of one that is read ahead
+def test_a_broken_picture_of_the_last_of_four_processes_ends_all_with_one_error(
+    base, tmp_path, place
+):
     data = write_conversations(tmp_path)
     records = json.loads(data.read_text())
     lone = {**records[1], "id": "lone"}
     lone["conversations"] = json.loads(
         json.dumps(records[1]["conversations"]).replace("green.png", "lone.png")
     )
-    data.write_text(json.dumps([*records[:3], lone, *records[:3], records[0]]))
+    shown = [records[number % 3] for number in range(16)]
+    shown[place] = lone
+    data.write_text(json.dumps(shown))
     raw = bytearray((tmp_path / "images" / "green.png").read_bytes())
     middle = raw.index(b"IDAT") + 20
     raw[middle : middle + 12] = bytes(12)  # header and end stay whole, so no check finds it
-    (tmp_path / "images" / "lone.png").write_bytes(raw)  # the fourth record's: process 3 opens it
+    (tmp_path / "images" / "lone.png").write_bytes(raw)  # which process 3 opens
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "vltrain"]
 
     process = subprocess.Popen(
@@ -72,7 +77,7 @@ def test_a_broken_picture_of_the_last_of_four_processes_ends_all_with_one_error(
     said, named = [], None
     for line in process.stderr:
         said.append(line)
-        if named is None and line.startswith("error: train.json#3"):
+        if named is None and line.startswith(f"error: train.json#{place}"):
             named = time.monotonic()
     process.wait(60)
     ended = time.monotonic()
@@ -81,7 +86,7 @@ def test_a_broken_picture_of_the_last_of_four_processes_ends_all_with_one_error(
     assert process.returncode == 1
     assert named is not None, text
     assert ended - named < 30
-    assert text.count("error: train.json#3") == 1
+    assert text.count(f"error: train.json#{place}") == 1
     ours = text.partition("Traceback")[0]  # torchrun's report of it follows
     assert "lone.png" in ours
     assert "[rank" not in text  # where torch says that a process misses another

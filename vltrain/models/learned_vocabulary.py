@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vltrain.models.sizes import HEAD_PIECE
@@ -24,9 +25,10 @@ class PieceByPiece(torch.autograd.Function):
     """A product with a head's matrix, a piece of which at a time is in the computed dtype."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         """float [T, D] and [V, D] -> [T, V] in the dtype of `hidden`, which is computed in."""
-        ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(hidden)
+        ctx.weight = weight  # itself: what is saved for backward may come back as another tensor
         logits = hidden.new_empty(hidden.size(0), weight.size(0))
         for rows in _pieces(weight):
             torch.mm(hidden, weight[rows].to(hidden.dtype).t(), out=logits[:, rows])
@@ -35,7 +37,7 @@ class PieceByPiece(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        hidden, weight = ctx.saved_tensors
+        (hidden,), weight = ctx.saved_tensors, ctx.weight
         total = _gradient_of(weight)
         below = torch.zeros_like(hidden, dtype=torch.float32)
         for rows in _pieces(weight):
@@ -48,16 +50,17 @@ class UsedRows(torch.autograd.Function):
     """Embeddings of tokens; in backward the rows that they are take their gradients."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
         """int64 [...] and float [V, D] -> [..., D]."""
-        ctx.save_for_backward(ids, weight)
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         """One sum for each id, in a fixed order, so that the same run has the same gradients."""
-        ids, weight = ctx.saved_tensors
+        (ids,), weight = ctx.saved_tensors, ctx.weight
         ordered, order = ids.flatten().sort(stable=True)
         places = F.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))  # among the ids in use
         sums = torch.ops.aten.embedding_dense_backward(
@@ -119,10 +122,12 @@ def add_in_place(model: nn.Module) -> None:
 
 
 def _ends(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules in the places of input and output embeddings, copies that `peft` made too."""
+    """The modules of input and output embeddings; of those that `peft` has copied, the copies."""
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if end is not None:
-            yield from end.modules()
+        if isinstance(end, ModulesToSaveWrapper):
+            yield from end.modules_to_save.values()
+        elif end is not None:
+            yield end
 
 
 def _is_plain(embedding: nn.Embedding) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from vltrain.data.mixing import Mix
 from vltrain.models.layer_runs import LayerRuns
-from vltrain.training.look_ahead import Fetched
+from vltrain.training.look_ahead import Batches
 from vltrain.training.step_batches import ROWS
 from vltrain.training.trainer import TokenCounts, Trainer
 
@@ -77,16 +78,21 @@ class DataClock(Trainer):
         self.waits: list[tuple[int, Wait]] = []  # in which step
         self.taken: list[TokenCounts] = []
 
-    def fetch_step(self, *args: Any, **kwargs: Any) -> Fetched:
+    def read_batches(self, *args: Any, **kwargs: Any) -> Batches:
         wait = Wait()
-        batches, learned = super().fetch_step(*args, **kwargs)
+        batches = super().read_batches(*args, **kwargs)
         self.waits.append((self.state.global_step, wait.end()))
+        return batches
+
+    def count_step(
+        self, batches: Batches, device: torch.device
+    ) -> tuple[Batches, Tensor | int | None]:
         counts = TokenCounts()
         for batch in batches:
             for row in batch.get(ROWS, [batch]):
                 counts.add(row.get("attention_mask"), row["labels"])
         self.taken.append(counts)
-        return batches, learned
+        return super().count_step(batches, device)
 
     def waited(self, step: int) -> float:
         """Seconds in a step, by its number from 0."""

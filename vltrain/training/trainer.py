@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vltrain.training.epoch_order import EpochOrder, row_order, sample_order, st
 from vltrain.training.held_out import HeldOutShare, LossSum
 from vltrain.training.host_time import shorten_steps
 from vltrain.training.learning_rates import split_groups
-from vltrain.training.look_ahead import Fetched
+from vltrain.training.look_ahead import Batches
 from vltrain.training.master_adamw import masters_of, narrow_learned
 from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.step_batches import ROWS, StepBatches, in_turn
@@ -153,15 +153,13 @@ class Trainer(ResumableTrainer):
                 self._told.add(reason)
                 logger.warning("a sample is dropped: %s", reason)
 
-    def fetch_step(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> Fetched:
+    def count_step(
+        self, batches: Batches, device: torch.device
+    ) -> tuple[Batches, Tensor | int | None]:
         """The batches of a step and how many tokens it learns, which its loss is divided by: at
         least one, or a step whose samples are all dropped would divide by zero."""
-        batches, learned = super().fetch_step(epoch_iterator, num_batches, device)
         rows = [row for batch in batches for row in batch.get(ROWS, ())]
-        if rows:
-            _, learned = super().fetch_step(iter(rows), len(rows), device)
+        _, learned = super().count_step(rows or batches, device)
         return batches, learned.clamp(min=1) if isinstance(learned, Tensor) else learned
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

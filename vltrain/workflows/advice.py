@@ -47,7 +47,10 @@ def speed_advice(recipe: Recipe, engine: Engine) -> str | None:
     in_any_order = (
         not data.streaming and trainer.get("train_sampling_strategy", "random") == "random"
     )
-    if engine.name != "none" or data.packing or recipe.arranges_layers or not in_any_order:
+    has_its_own_way = (
+        data.packing or recipe.arranges_layers or "gradient_checkpointing_kwargs" in trainer
+    )
+    if engine.name != "none" or has_its_own_way or not in_any_order:
         return None
     batch = {key: trainer[key] for key in STEP_KEYS}
     words = ["data.packing=true", f"batch.samples={prod(batch.values())}"]

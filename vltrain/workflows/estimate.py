@@ -312,7 +312,7 @@ def _time_line(epoch: EpochTime | None, halves: Halves | None, gpus: int, *, pro
     if epoch is not None:
         return (
             f"an epoch takes about {_duration(epoch.seconds)}: {epoch.steps:,} steps of "
-            f"{epoch.seconds_per_step:.2f} s, the median of {MEASURED_STEPS} that were measured"
+            f"{epoch.seconds_per_step:.2f} s, as {MEASURED_STEPS} took that were measured"
         )
     if not torch.cuda.is_available():
         return "time: it is measured, on a GPU, and there is none here"

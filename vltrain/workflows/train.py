@@ -255,7 +255,8 @@ def show_plan(
         f"weights in {run_dtype(recipe)}, on {arguments.device}"
     )
     faster = speed_advice(recipe, engine)
-    if arguments.device.type == "cuda" and faster is not None:
+    begun = RunDir(recipe.output).last_checkpoint() is not None  # then its recipe must stay
+    if arguments.device.type == "cuda" and faster is not None and not begun:
         console.print(faster, soft_wrap=True)
     if engine.name != "none":
         console.print(
