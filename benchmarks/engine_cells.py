@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from real_size_lora import TOY, Samples, StepClock, step_arguments
 from torch import distributed
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from vltrain.config import FreezeConfig, read_resolved
-from vltrain.data.collation import Collator
+from vltrain.data.collation import Collator, collate_rows
+from vltrain.data.step_rows import StepRows
 from vltrain.models.adapters import Adapter, add_lora, learns_to_see, set_learned, widen_learned
+from vltrain.models.attention import attend_packed
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.hub import ResolvedModel
+from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from vltrain.training.engines import NO_ENGINE, Engine, engine_settings, read_deepspeed
 from vltrain.training.flops import matmul_rate
@@ -35,7 +39,8 @@ from vltrain.workflows.profile import work_of_model
 from vltrain.workflows.quiet import quiet_loggers
 from vltrain.workflows.train import train
 
-WARMUP_STEPS = 1  # run before the measured ones
+WARMUP_STEPS, COMPILING_STEPS = 1, 3  # before the measured ones; where layers are compiled
+ROW_TOKENS = 8192  # of packed steps
 
 
 def note(results: Path, cell: dict[str, Any]) -> None:
@@ -66,11 +71,13 @@ def train_recipe(file: Path) -> dict[str, Any]:
 class StartPeak(TrainerCallback):
     """Keeps the peak of the start, where a whole model may lie on each GPU, from that of steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: int) -> None:
+        """`warmup`: the steps of the start."""
+        self.warmup = warmup
         self.gib: float | None = None
 
     def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
-        if state.global_step == WARMUP_STEPS and torch.cuda.is_available():
+        if state.global_step == self.warmup and torch.cuda.is_available():
             self.gib = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
 
@@ -81,37 +88,34 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         wanted: `engine` ("none", "ddp", "fsdp2" or a name of ds_configs/), `method`, `tokens`,
-            `steps`, `accumulation`, `toy`.
+            `steps`, `accumulation`, `toy`, `fast`: packed, and compiled where the engine lets it.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, fast = torch.cuda.is_available(), wanted["fast"]
     engine = engine_named(wanted["engine"])
-    steps = WARMUP_STEPS + wanted["steps"]
-    arguments = step_arguments(steps, wanted["accumulation"], **engine_settings(engine))
-    model = random_model(arguments.device, toy=wanted["toy"])
-    config = model.config
-    if wanted["method"] == "full":
-        model = set_learned(model, QWEN_VL, FreezeConfig())
-        if engine.name != "deepspeed":  # which has float32 weights of its own
-            widen_learned(model)
-    else:
-        model = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
-    assert wanted["method"] == "full" or not learns_to_see(model, QWEN_VL)
+    warmup = COMPILING_STEPS if fast else WARMUP_STEPS
+    steps = warmup + wanted["steps"]
+    arguments = step_arguments(
+        steps,
+        1 if fast else wanted["accumulation"],
+        gradient_checkpointing=not fast,
+        **engine_settings(engine),
+    )
+    base_model = random_model(arguments.device, toy=wanted["toy"])
+    config = base_model.config
+    model = learning(base_model, wanted["method"], engine)
     base = Base(ResolvedModel(Path("random"), None, "random"), QWEN_VL, config, None)
     work = work_of_model(model, base)  # before the engine shares it out
     rate = matmul_rate(arguments.device, torch.bfloat16 if on_gpu else torch.float32)
-    samples = wanted["accumulation"] * process_count() * steps
-    clock, start = StepClock(), StartPeak()
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Samples(config, wanted["tokens"], samples),
-        data_collator=Collator(pad_id=151643),
-        callbacks=[clock, start],
-        engine=engine,
-    )
+    samples = Samples(config, wanted["tokens"], wanted["accumulation"] * process_count() * steps)
+    feed = {"train_dataset": samples, "data_collator": Collator(pad_id=151643)}
+    if fast:
+        attend_packed(base_model)
+        feed = packed_feed(samples, wanted, engine)
+    clock, start = StepClock(), StartPeak(warmup)
+    trainer = Trainer(model=model, args=arguments, callbacks=[clock, start], engine=engine, **feed)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    seconds = statistics.median(clock.seconds[WARMUP_STEPS:])
+    seconds = statistics.median(clock.seconds[warmup:])
     flops = wanted["accumulation"] * work.step_flops(
         tokens=wanted["tokens"],
         learned=wanted["tokens"] - config.vision.n_queries - 2,
@@ -119,7 +123,7 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         **wanted,
-        "cell": f"speed-{wanted['method']}-{wanted['engine']}-x{process_count()}",
+        "cell": f"speed-{wanted['method']}-{wanted['engine']}{'-fast' * fast}-x{process_count()}",
         "world_size": process_count(),
         "seconds_per_step": seconds,
         "tokens_per_second_and_gpu": wanted["tokens"] * wanted["accumulation"] / seconds,
@@ -132,6 +136,34 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
+
+
+def learning(
+    model: QwenVLForConditionalGeneration, method: str, engine: Engine
+) -> QwenVLForConditionalGeneration | PeftModel:
+    """The model, ready to learn."""
+    if method != "full":
+        model = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(), seed=0)
+        assert not learns_to_see(model, QWEN_VL)
+        return model
+    set_learned(model, QWEN_VL, FreezeConfig())
+    if engine.name != "deepspeed":  # which has float32 weights of its own
+        widen_learned(model)
+    return model
+
+
+def packed_feed(samples: Samples, wanted: dict[str, Any], engine: Engine) -> dict[str, Any]:
+    """What a Trainer is given to take the steps packed, and compiled where the engine lets it."""
+    processes = process_count()
+    rows = StepRows(
+        samples,
+        step_samples=wanted["accumulation"] * processes,
+        row_tokens=ROW_TOKENS,
+        processes=processes,
+    )
+    recompute_every = 1 if wanted["method"] == "full" else 0
+    layers = LayerRuns(not engine.shards_weights, recompute_every)
+    return {"train_dataset": rows, "data_collator": collate_rows, "layers": layers}
 
 
 def engine_named(name: str) -> Engine:

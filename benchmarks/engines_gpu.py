@@ -25,7 +25,7 @@ from typing import Any
 from engine_bench import CELL_SECONDS, ENGINES, Bench, recipe, run_cell, write_bases
 from engine_kills import CELLS, kill, launchers
 
-PARTS = ("losses", "apart", "launchers", "kill", "speed", "full-speed")
+PARTS = ("losses", "apart", "launchers", "kill", "speed", "full-speed", "fast-speed", "fast-full")
 SPEED_SECONDS = 240  # that a cell of the real size may take, the start included
 
 
@@ -70,15 +70,21 @@ def apart(bench: Bench, methods: Sequence[str], engines: Sequence[str]) -> None:
             bench.log(cell)
 
 
-def speed(bench: Bench, method: str, engines: Sequence[str]) -> None:
-    """Tokens a second, utilisation and memory at the real size; LoRA beside one GPU's."""
+def speed(bench: Bench, method: str, engines: Sequence[str], *, fast: bool) -> None:
+    """Tokens a second, utilisation and memory at the real size; LoRA beside one GPU's.
+
+    Args:
+        fast: in packed steps, compiled where the engine lets it; else in batches of one sample.
+    """
     wanted = {"method": method, "tokens": 2048, "accumulation": 8, "steps": 3, "toy": bench.tiny}
+    wanted["fast"] = fast
     if bench.tiny:
         wanted |= {"tokens": 300, "accumulation": 2, "steps": 1}
     plan = [("none", 1)] if method == "lora" else []
     alone = None
     for engine, processes in [*plan, *((name, bench.gpus) for name in engines)]:
-        name, what = f"speed-{method}-{engine}", json.dumps(wanted | {"engine": engine})
+        name = f"speed-{method}-{engine}{'-fast' * fast}"
+        what = json.dumps(wanted | {"engine": engine})
         done = run_cell(bench, "speed", processes, name, what, SPEED_SECONDS)
         if "error" not in done and processes == 1:
             alone = done["tokens_per_second_and_gpu"]
@@ -121,7 +127,7 @@ def main() -> None:
     deadline = time.monotonic() + options.minutes * 60
     bench = Bench(folder, options.results.resolve(), options.tiny, options.gpus, deadline)
     bench.log(versions(bench.gpus))
-    if not {*options.parts} <= {"speed", "full-speed"}:
+    if any("speed" not in name and "fast" not in name for name in options.parts):
         write_bases(bench)
     methods, engines = options.methods, options.engines
     shared = [name for name in engines if name in ("zero3", "fsdp2")]
@@ -130,8 +136,10 @@ def main() -> None:
         "apart": lambda: apart(bench, methods, [*shared, *({"ddp"} & {*engines})]),
         "launchers": lambda: launchers(bench),
         "kill": lambda: kill(bench, options.kills),
-        "speed": lambda: speed(bench, "lora", engines),
-        "full-speed": lambda: speed(bench, "full", shared),
+        "speed": lambda: speed(bench, "lora", engines, fast=False),
+        "full-speed": lambda: speed(bench, "full", shared, fast=False),
+        "fast-speed": lambda: speed(bench, "lora", engines, fast=True),
+        "fast-full": lambda: speed(bench, "full", shared, fast=True),
     }
     for name in options.parts:
         started = time.monotonic()

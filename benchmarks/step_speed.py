@@ -202,7 +202,7 @@ def run_cell(cell: Cell, models: Models, backend: str) -> dict[str, Any]:
     """Train the cell's steps; what they took."""
     model = models.of(cell)
     steps = cell.warmup + cell.steps
-    count = STEP_SAMPLES * steps
+    count = STEP_SAMPLES * (steps + 1)  # for what is read ahead in the last one
     samples = Samples(models.config, cell.tokens, count)
     if cell.features:
         store = keep_picture(model, models.config, models.folder)

@@ -220,6 +220,7 @@ def test_an_empty_run_needs_what_driver_and_libraries_take(tmp_path: Path):
 )
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_what_takes_less_time_is_a_recipe_of_the_same_steps(tmp_path, method, settings):
+    settings = ("dtype=bf16", *settings)
     slow = recipe_of(tmp_path, *settings, method=method)
     advice = speed_advice(slow, NO_ENGINE)
 
@@ -237,9 +238,13 @@ def test_what_takes_less_time_is_a_recipe_of_the_same_steps(tmp_path, method, se
     "setting",
     [
         *("compile=true", "memory=lean", "trainer.train_sampling_strategy=group_by_length"),
+        *("trainer.dataloader_drop_last=true", "dtype=fp32"),
         "trainer.gradient_checkpointing_kwargs={use_reentrant: false}",
     ],
 )
 def test_a_recipe_that_has_its_own_way_is_told_of_no_other(tmp_path, setting):
-    assert speed_advice(recipe_of(tmp_path, setting), NO_ENGINE) is None
-    assert speed_advice(recipe_of(tmp_path), Engine("ddp", "asked for")) is None
+    plain = recipe_of(tmp_path, "dtype=bf16")
+
+    assert speed_advice(plain, NO_ENGINE) is not None
+    assert speed_advice(recipe_of(tmp_path, "dtype=bf16", setting), NO_ENGINE) is None
+    assert speed_advice(plain, Engine("ddp", "asked for")) is None

@@ -21,7 +21,6 @@ from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.training.memory import CONTEXT_BYTES, WORKSPACE_BYTES
 from vltrain.training.moments import Sharing
-from vltrain.training.profiling import Measured, measure
 from vltrain.training.trainer import Trainer
 from vltrain.workflows.base import read_base, read_halves
 from vltrain.workflows.estimate import (
@@ -30,8 +29,6 @@ from vltrain.workflows.estimate import (
     epoch_steps,
     estimate_run,
     probe_epoch,
-    probe_recipe,
-    random_model,
     run_memory,
 )
 from vltrain.workflows.memory import largest_batch_of, packed_batch, padded_batch, sharing_of
@@ -371,38 +368,3 @@ def test_only_a_run_that_fits_the_one_gpu_is_probed(
     assert not can_be_probed(run, halves, 1)  # without a GPU
     monkeypatch.setattr(vltrain.workflows.estimate, "gpu_memory", lambda: gpu_bytes)
     assert can_be_probed(run, halves, gpus) is expected
-
-
-def test_as_many_steps_are_timed_as_are_run(base: Path, data: Path, tmp_path: Path):
-    recipe = probe_recipe(a_recipe(base, data, tmp_path, "dtype=fp32"), tmp_path / "out")
-    read = read_base(recipe.model)
-    halves = read_halves(NO_CONSOLE, recipe, read, training_arguments(recipe))
-
-    measured = measure(
-        random_model(recipe, read, seed=0),
-        training_arguments(recipe),
-        halves.train,
-        Collator(read.processor.pad_id),
-    )
-
-    assert len(measured.seconds) == 4
-    assert measured.peak_bytes is None
-    pairs = list(zip(measured.waited, measured.seconds, strict=True))
-    assert len(pairs) == 4
-    assert all(0 < waited < seconds for waited, seconds in pairs)
-
-
-def measured_of(tokens: tuple[int, ...]) -> Measured:
-    seconds, waited = (9.0, 1.0, 6.0, 2.0), (8.0, 0.5, 0.0, 0.25)
-    return Measured(seconds, waited, tokens, tokens, None, None, None)
-
-
-def test_the_time_of_a_step_is_the_median_behind_those_that_warm_up():
-    measured = measured_of((7, 8, 8, 8))
-
-    assert measured.seconds_per_step(1) == 2
-    assert measured.waiting_share(1) == 0.75 / 9
-
-
-def test_the_time_of_steps_of_other_tokens_is_their_mean():
-    assert measured_of((7, 7, 8, 9)).seconds_per_step(1) == 3

@@ -3,8 +3,8 @@
 Autograd computes such a gradient whole, in the dtype that is computed in, copies it to the
 weight's, and adds that to the gradient which is there: at Qwen-VL's 151,936 ids of width 4,096
 these are 1.2, 2.3 and 2.3 GiB. Here it is added up where it is to lie: the head's a piece of the
-vocabulary at a time, the embeddings' in the rows that a batch has used. Nobody but the weight's
-own `.grad` is told of it, so a gradient that other processes are to be sent is not for this.
+vocabulary at a time, the embeddings' in the rows that a batch has used. Autograd is handed no
+gradient, so one that other processes are to be sent is not for this.
 
 Dimension letters: `T` tokens, `D` width, `V` vocabulary.
 """

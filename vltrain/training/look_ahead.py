@@ -28,11 +28,12 @@ class Ahead:
 
 
 class LookingAhead(transformers.Trainer):
-    """A Trainer whose host, in every step, has a moment left before it waits for the GPU.
+    """A Trainer that reads in the moment before it waits for the GPU.
 
     Behind the last backward pass of a step the host asks for its gradient's norm. Until then the
-    GPU has work, and what is done before the question costs no time. Nothing is sent between
-    processes there: one that cannot read would leave the others waiting.
+    GPU has work, and what is done before the question costs no time. (DeepSpeed asks for itself
+    before; and in an epoch that is resumed in its middle accelerate's copies to the GPU wait.)
+    Nothing is sent between processes there: one that cannot read would leave the others waiting.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

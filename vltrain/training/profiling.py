@@ -94,6 +94,10 @@ class DataClock(Trainer):
         self.taken.append(counts)
         return super().count_step(batches, device)
 
+    def _is_last_step(self) -> bool:
+        """The run's last step reads ahead like the others: each is measured with its reading."""
+        return self._at_end or self.accelerator.gradient_state.end_of_dataloader
+
     def waited(self, step: int) -> float:
         """Seconds in a step, by its number from 0."""
         return sum(wait.seconds for number, wait in self.waits if number == step)
@@ -137,6 +141,7 @@ def measure(
 
     Args:
         arguments: with as many `max_steps` as are to be measured, and nothing to be saved.
+        dataset: a step more of it is read where an epoch has one.
         mix: what an epoch shows of `dataset`; None: each sample once.
         layers: how the model's layers are run; None: as `arguments` have it.
         optimizer: its class and settings; None: the one that `arguments` name.

@@ -53,7 +53,7 @@ class ResumableTrainer(LookingAhead):
         """As `transformers.Trainer`, and two things beside.
 
         Args:
-            stop_requested: asked after each step whether this process is to stop.
+            stop_requested: asked in each step whether this process is to stop.
             stop_after_nonfinite: how many steps in a row may be without a finite loss.
         """
         super().__init__(*args, **kwargs)
@@ -94,6 +94,10 @@ class ResumableTrainer(LookingAhead):
             self._leave_out(model)
         self._watch.step_done(bad=bad)
         return norm
+
+    def _is_last_step(self) -> bool:
+        """Where a stop is asked for, nothing is read that no step will learn from."""
+        return self._stop_requested() or super()._is_last_step()
 
     def _leave_out(self, model: nn.Module) -> None:
         """Take no update of a gradient that is not finite: every weight would become NaN.

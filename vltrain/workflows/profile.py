@@ -325,7 +325,7 @@ def _train(subject: Subject, rate: float, span: Span, steps: int, folder: Path) 
     warmup = COMPILING_STEPS if compiled else WARMUP_STEPS
     recipe = probe_recipe(recipe, folder / "run")
     recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": warmup + steps})
-    tokens = spread_lengths(span.shortest, span.longest, STEP_SAMPLES * (warmup + steps))
+    tokens = spread_lengths(span.shortest, span.longest, STEP_SAMPLES * (warmup + steps + 1))
     samples = MadeUpSamples(picture_ids, tokens, subject.picture)
     arguments = training_arguments(recipe)
     rows = None

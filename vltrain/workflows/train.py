@@ -20,6 +20,7 @@ from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import fetch_weights
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES, checkpoint_dtype, load_model
+from vltrain.models.loss import gpus_have_kernels
 from vltrain.models.pissa import against_base, double_rank, first_weights
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.models.shares import whole_tensors
@@ -254,9 +255,10 @@ def show_plan(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {run_dtype(recipe)}, on {arguments.device}"
     )
-    faster = speed_advice(recipe, engine)
     begun = RunDir(recipe.output).last_checkpoint() is not None  # then its recipe must stay
-    if arguments.device.type == "cuda" and faster is not None and not begun:
+    new_gpu = arguments.device.type == "cuda" and gpus_have_kernels()
+    faster = speed_advice(recipe, engine) if new_gpu and not begun else None
+    if faster is not None:
         console.print(faster, soft_wrap=True)
     if engine.name != "none":
         console.print(
