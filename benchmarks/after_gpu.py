@@ -11,7 +11,6 @@ all on a small model on a CPU. Linux only.
 """
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ import after_parts
 import torch
 import transformers
 from after_parts import Row, Work
+from json_lines import tell
 from merge_memory import write_adapter, write_base
 from own_process import rows_of
 from real_size_lora import TOY
@@ -139,10 +139,8 @@ def main() -> None:
         row["at_seconds"] = time.monotonic() - began
         row |= {"torch": torch.__version__, "transformers": transformers.__version__}
         row["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        line = json.dumps(row)
-        with lock, options.output.open("a", encoding="utf-8") as file:
-            print(line, flush=True)
-            file.write(line + "\n")
+        with lock:
+            tell(row, options.output)
 
     work, made = write_inputs(options)
     try:

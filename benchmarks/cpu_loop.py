@@ -13,7 +13,6 @@ megapixels each. One JSON line a cell.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from json_lines import tell
 from own_process import Row, rows_of
 from rich.console import Console
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from vltrain.data.records import Record
 from vltrain.training.arguments import training_arguments
 from vltrain.training.made_up import MadeUpSamples, spread_lengths, write_photo
 from vltrain.training.profiling import StepClock
-from vltrain.training.trainer import Trainer
+from vltrain.training.trainer import TokenCounts, Trainer
 from vltrain.workflows.base import Base, read_base, read_halves
 from vltrain.workflows.prepare import prepare_model
 
@@ -65,7 +65,7 @@ class PlainModel(nn.Module):
     def __init__(self, model: nn.Module, vocabulary: int) -> None:
         super().__init__()
         self.model, self.vocabulary = model, vocabulary
-        self.real = self.places = 0
+        self.counts = TokenCounts()
 
     def forward(
         self,
@@ -76,8 +76,7 @@ class PlainModel(nn.Module):
         learned_places: Tensor | None = None,  # which a plain loop does not have
         **pictures: Tensor,
     ) -> dict[str, Tensor]:
-        self.real += int(attention_mask.sum())
-        self.places += attention_mask.numel()
+        self.counts.add(attention_mask, labels)
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **pictures).logits
         return {"loss": ForCausalLMLoss(logits, labels, self.vocabulary, num_items_in_batch)}
 
@@ -126,7 +125,7 @@ def run_loop(name: str, demo: Path, steps: int) -> Row:
     measured = clock.seconds[WARMUP_STEPS:]
     seconds, mean_length = statistics.median(measured), float(halves.train.lengths.mean())
     if plain:
-        padding = 1 - model.real / model.places
+        padding = model.counts.summary(sum(clock.seconds))["padding_share"]
     else:
         padding = statistics.mean(row["padding_share"] for row in logs)
     return {
@@ -204,11 +203,7 @@ def main() -> None:
     cells += [(measure_reading, (demo, workers)) for workers in (0, 1, 2)]
     for measure, arguments in cells:
         for row in rows_of(measure, arguments, options.seconds):
-            line = json.dumps(row | machine)
-            print(line, flush=True)
-            if options.output is not None:
-                with options.output.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            tell(row | machine, options.output)
 
 
 if __name__ == "__main__":

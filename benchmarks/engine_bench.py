@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from json_lines import tell
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -55,9 +57,7 @@ class Bench:
 
     def log(self, cell: dict[str, Any]) -> None:
         """Print a result, and keep it."""
-        print(json.dumps(cell), flush=True)
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cell) + "\n")
+        tell(cell, self.results)
 
     def limit(self, seconds: float) -> float:
         """Seconds that a cell may take: no more than are left."""

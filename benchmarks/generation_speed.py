@@ -14,7 +14,6 @@ waits for longer. `peak_gib` is what torch had allocated at most while it answer
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from json_lines import tell
 from marlin_layer import MarlinLayer
 from own_process import rows_of
 from real_size_lora import TOY, Samples
@@ -252,10 +252,7 @@ def main() -> None:
             cell |= {"context": options.context, "new_tokens": options.new_tokens}
             cell |= {"torch": torch.__version__, "transformers": transformers.__version__}
             cell["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            line = json.dumps(cell)
-            print(line, flush=True)
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            tell(cell, options.output)
 
 
 if __name__ == "__main__":

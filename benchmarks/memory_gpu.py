@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from json_lines import tell
 from real_size_lora import TOY, Samples, StepClock, step_arguments
 from transformers import PreTrainedModel, PrinterCallback
 
@@ -245,10 +246,7 @@ def main() -> None:
     def write(row: dict[str, Any]) -> None:
         row |= {"torch": torch.__version__, "transformers": transformers.__version__}
         row["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        line = json.dumps(row)
-        print(line, flush=True)
-        with options.output.open("a") as file:
-            file.write(line + "\n")
+        tell(row, options.output)
 
     write(write_checkpoint(folder, options.tiny))
     for cell in CELLS:

@@ -13,7 +13,6 @@ Model FLOPs are those that `vltrain profile` counts: vltrain.training.flops.
 
 import argparse
 import gc
-import json
 import signal
 import tempfile
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from json_lines import tell
 from real_size_lora import TOY, Samples, step_arguments
 from torch import nn
 
@@ -325,11 +325,7 @@ def main() -> None:
         if left <= 0:
             print(f"no time is left for {cell.name} at {cell.tokens} tokens", flush=True)
             continue
-        line = json.dumps(guarded(cell, models, backend, options.cell_seconds) | machine)
-        print(line, flush=True)
-        if options.output is not None:
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        tell(guarded(cell, models, backend, options.cell_seconds) | machine, options.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vltrain.training.host_time import learned_by
+
 PLAIN_LINE_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
 
 SUMMARY_KEYS = ("train_runtime", "train_loss", "total_flos")  # the Trainer's last words
@@ -48,7 +50,7 @@ class WholeGradients(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        learned = learned_by(optimizer)
         if all(parameter.grad is None for parameter in learned):
             return
         for parameter in learned:

@@ -22,9 +22,14 @@ def shorten_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             since, as it does where it reads a checkpoint.
     """
     type(model).train(model, model.training)
-    model.learns_in_steps = [p for group in optimizer.param_groups for p in group["params"]]
+    model.learns_in_steps = learned_by(optimizer)
     model.train = MethodType(_train, model)
     model.zero_grad = MethodType(_zero_grad, model)
+
+
+def learned_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that an optimizer moves: without a walk through the model, most of which is frozen."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _train(model: nn.Module, mode: bool = True) -> nn.Module:

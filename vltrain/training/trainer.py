@@ -28,7 +28,7 @@ from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.epoch_order import EpochOrder, row_order, sample_order, step_order
 from vltrain.training.held_out import HeldOutShare, LossSum
-from vltrain.training.host_time import shorten_steps
+from vltrain.training.host_time import learned_by, shorten_steps
 from vltrain.training.learning_rates import split_groups
 from vltrain.training.look_ahead import Batches
 from vltrain.training.master_adamw import masters_of, narrow_learned
@@ -192,7 +192,7 @@ class Trainer(ResumableTrainer):
         """
         if not self._engine.leaves_model_as_it_is:
             return super()._clip_grad_norm(model)
-        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        learned = learned_by(self.optimizer)
         if self._engine.name != "none" or all(p.dtype != torch.bfloat16 for p in learned):
             return self.accelerator.clip_grad_norm_(learned, self.args.max_grad_norm)
         gradients = [p.grad for p in learned if p.grad is not None]
