@@ -93,6 +93,13 @@ def test_the_kernel_serves_half_precision_on_cuda(device, dtype, serves):
     assert kernel_serves(torch.device(device), dtype) is serves
 
 
+def test_the_kernel_does_not_serve_gpus_before_ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+
+    assert not kernel_serves(torch.device("cuda"), torch.float16)
+
+
 def test_positions_that_restart_without_boundaries_are_an_error():
     part = torch.zeros(1, 2, 4, 8)
 

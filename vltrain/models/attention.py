@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED = "packed"
 CAUSAL = (-1, 0)  # the kernel's window: all that came before, nothing after
+KERNEL_GPUS = (8, 0)  # and later: the compute capability that torch's kernel is built for
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -103,6 +104,8 @@ def boundary_mask(
 def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention over embeddings of this kind can run in the variable-length kernel."""
     if torch.device(device).type != "cuda":
+        return False
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < KERNEL_GPUS:
         return False
     computed_in = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
     return computed_in in KERNEL_DTYPES
