@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_time import TracedStep
 from peft import PeftModel
 from real_size_lora import TOY, Samples, StepClock, step_arguments
 from torch import distributed
@@ -88,12 +89,14 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         wanted: `engine` ("none", "ddp", "fsdp2" or a name of ds_configs/), `method`, `tokens`,
-            `steps`, `accumulation`, `toy`, `fast`: packed, and compiled where the engine lets it.
+            `steps`, `accumulation`, `toy`, `fast`: packed, and compiled where the engine lets it,
+            `trace`: one more step, of which a trace is made.
     """
     on_gpu, fast = torch.cuda.is_available(), wanted["fast"]
     engine = engine_named(wanted["engine"])
     warmup = COMPILING_STEPS if fast else WARMUP_STEPS
-    steps = warmup + wanted["steps"]
+    measured = warmup + wanted["steps"]
+    steps = measured + wanted["trace"]
     arguments = step_arguments(
         steps,
         1 if fast else wanted["accumulation"],
@@ -111,11 +114,12 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
     if fast:
         attend_packed(base_model)
         feed = packed_feed(samples, wanted, engine)
-    clock, start = StepClock(), StartPeak(warmup)
-    trainer = Trainer(model=model, args=arguments, callbacks=[clock, start], engine=engine, **feed)
+    clock, start, traced = StepClock(), StartPeak(warmup), TracedStep(measured)
+    callbacks = [clock, start, traced]
+    trainer = Trainer(model=model, args=arguments, callbacks=callbacks, engine=engine, **feed)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    seconds = statistics.median(clock.seconds[warmup:])
+    seconds = statistics.median(clock.seconds[warmup:measured])
     flops = wanted["accumulation"] * work.step_flops(
         tokens=wanted["tokens"],
         learned=wanted["tokens"] - config.vision.n_queries - 2,
@@ -130,7 +134,8 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
         "flops_per_step_and_gpu": flops,
         "flops_per_second_of_products": rate,
         "utilisation": flops / seconds / rate,
-        "all_seconds": clock.seconds,
+        "all_seconds": clock.seconds[:measured],
+        "traced": traced.found,
         "peak_gib": peak_gib(),
         "peak_gib_of_start": start.gib,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],

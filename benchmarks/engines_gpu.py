@@ -8,7 +8,7 @@ the real size, with random weights made on the GPU. Each cell has processes of i
 are those of losses and apart, `--engines` those of all parts but launchers and kill: a part whose
 cells do not fit into `--minutes` is run in pieces. One JSON object a cell is printed and written as
 soon as it is known; a cell that fails or takes too long is one with `error`, and the others go on.
-`--tiny` runs all of it on CPUs.
+`--tiny` runs it on CPUs, but for FSDP2, which is for GPUs.
 """
 
 import argparse
@@ -70,14 +70,17 @@ def apart(bench: Bench, methods: Sequence[str], engines: Sequence[str]) -> None:
             bench.log(cell)
 
 
-def speed(bench: Bench, method: str, engines: Sequence[str], *, fast: bool) -> None:
+def speed(
+    bench: Bench, method: str, engines: Sequence[str], *, fast: bool, trace: bool = False
+) -> None:
     """Tokens a second, utilisation and memory at the real size; LoRA beside one GPU's.
 
     Args:
         fast: in packed steps, compiled where the engine lets it; else in batches of one sample.
+        trace: say of one step more what a GPU did in it.
     """
     wanted = {"method": method, "tokens": 2048, "accumulation": 8, "steps": 3, "toy": bench.tiny}
-    wanted["fast"] = fast
+    wanted |= {"fast": fast, "trace": trace}
     if bench.tiny:
         wanted |= {"tokens": 300, "accumulation": 2, "steps": 1}
     plan = [("none", 1)] if method == "lora" else []
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--kills", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--folder", type=Path, help="for models and runs: 60 GB that are fast")
+    parser.add_argument("--trace", action="store_true", help="one step more of each speed, traced")
     parser.add_argument("--tiny", action="store_true", help="a toy model on CPUs")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="engines-", dir=options.folder))
@@ -136,10 +140,10 @@ def main() -> None:
         "apart": lambda: apart(bench, methods, [*shared, *({"ddp"} & {*engines})]),
         "launchers": lambda: launchers(bench),
         "kill": lambda: kill(bench, options.kills),
-        "speed": lambda: speed(bench, "lora", engines, fast=False),
-        "full-speed": lambda: speed(bench, "full", shared, fast=False),
-        "fast-speed": lambda: speed(bench, "lora", engines, fast=True),
-        "fast-full": lambda: speed(bench, "full", shared, fast=True),
+        "speed": lambda: speed(bench, "lora", engines, fast=False, trace=options.trace),
+        "full-speed": lambda: speed(bench, "full", shared, fast=False, trace=options.trace),
+        "fast-speed": lambda: speed(bench, "lora", engines, fast=True, trace=options.trace),
+        "fast-full": lambda: speed(bench, "full", shared, fast=True, trace=options.trace),
     }
     for name in options.parts:
         started = time.monotonic()
