@@ -34,11 +34,11 @@ from vltrain.models.catalog import QWEN_VL
 from vltrain.models.hub import ResolvedModel
 from vltrain.models.qwen_vl import QwenVLConfig
 from vltrain.training.arguments import training_arguments
+from vltrain.training.engines import NO_ENGINE
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
 from vltrain.workflows.base import Base
 from vltrain.workflows.estimate import random_model, run_memory
-from vltrain.workflows.memory import assumed_batch
 
 STEPS, ACCUMULATION = 3, 2
 FULL_LAYERS = 8
@@ -82,6 +82,7 @@ def recipe_of(cell: str, tokens: int, folder: Path) -> Recipe:
         "trainer.save_strategy='no'",
         "trainer.logging_strategy='no'",
         "trainer.report_to=none",
+        *("compile=false", "memory=null", "data.packing=false"),
     )
     return load_recipe(
         None,
@@ -103,8 +104,7 @@ def run_cell(cell: str, tokens: int, *, toy: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(cell, tokens, Path(folder))
         arguments = training_arguments(recipe)
-        batch = assumed_batch(recipe, config.model_sizes(), pictures=1, rows=1)
-        run = run_memory(recipe, base, arguments, batch)
+        _, run = run_memory(recipe, base, arguments, NO_ENGINE)
         estimated = run.estimate
         model = random_model(recipe, base, seed=0)
         samples = Samples(config, tokens, STEPS * ACCUMULATION)

@@ -19,7 +19,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from vltrain.data_config import BatchConfig, DataConfig, MixEntry, batch_faults, data_faults
+from vltrain.data_config import (
+    BatchConfig,
+    DataConfig,
+    MixEntry,
+    batch_faults,
+    data_faults,
+    settled_packing,
+)
 from vltrain.errors import VltrainError
 from vltrain.method_config import (
     FOREIGN_SECTIONS,
@@ -64,11 +71,13 @@ class Recipe:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     lr: LearningRates = field(default_factory=LearningRates)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    compile: Literal["auto"] | bool = False  # the layers; auto: on a GPU where it is known to work
+    # The layers. auto, as where a recipe says nothing of recomputing: on one GPU, if it is known to
+    # work there.
+    compile: Literal["auto"] | bool = False
     # How layers are run, in the place of trainer.gradient_checkpointing. fast: none is recomputed;
-    # lean: all, compiled ones within; auto: as few, or of compiled ones as little, as the GPU's
-    # memory asks for, by the estimate. A number: the share that compiled layers keep, at most, of
-    # what they would.
+    # lean: all, compiled ones within; auto, as where a recipe says nothing of recomputing: on one
+    # GPU as few, or of compiled ones as little, as its memory asks for, by the estimate, and
+    # elsewhere all. A number: the share that compiled layers keep, at most, of what they would.
     memory: Literal["fast", "auto", "lean"] | Annotated[float, Gt(0), Lt(1)] | None = None
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss
@@ -94,6 +103,15 @@ SECTIONS = {
     "lr": LearningRates,
     "batch": BatchConfig,
 }
+
+RECOMPUTING = (
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "torch_compile",
+)
+"""Keys of `trainer:` that say how layers are run: a recipe with one of them has its own way."""
 
 NEEDED = {
     "model": "give --model, or `model:` in the recipe: a folder of weights or a name on the hub",
@@ -227,6 +245,9 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
     # A section with every line commented out is null in YAML and empty to its writer.
     empty = {key: {} for key in (*SECTIONS, "trainer") if key in values and values[key] is None}
     values = values | empty
+    trainer = values.get("trainer", {})
+    if not (isinstance(trainer, dict) and any(key in trainer for key in RECOMPUTING)):
+        values = {"compile": "auto", "memory": "auto"} | values
     data = values.get("data")
     for key in ("files", "eval_files"):
         if isinstance(data, dict) and isinstance(data.get(key), str):
@@ -236,6 +257,7 @@ def _checked(values: dict[str, Any], method: Method, where: str, origins: dict[s
     except ValidationError as error:
         problems = _problems(error, where, origins)
         raise VltrainError("\n".join(str(problem) for problem in problems)) from None
+    recipe = replace(recipe, data=settled_packing(recipe.data, recipe.batch, recipe.trainer))
     for key, what, fix in _contradictions(recipe):
         raise VltrainError.at(_origin(key, where, origins), what=what, fix=fix)
     trainer = with_defaults(recipe.trainer, recipe.method, recipe.data, recipe.batch)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -53,12 +53,20 @@ class DataConfig:
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
-    packing: bool = False  # rows of up to row_tokens tokens hold several samples each
-    # Tokens of a packed row. auto: data.max_length; with batch.samples, on a GPU, at least 8,192.
+    # Rows of up to row_tokens tokens hold several samples each. auto: on one GPU those of a step,
+    # which learns from the same samples as without; elsewhere where row_tokens is given.
+    packing: Literal["auto"] | bool = "auto"
+    # Tokens of a packed row. auto: data.max_length; of a step's samples, on a GPU, at least 8,192
+    # or as many as its memory takes.
     row_tokens: Literal["auto"] | Annotated[int, Ge(1)] = "auto"
     streaming: bool = False  # read records as they come, over and over; needs trainer.max_steps
     shuffle_buffer: Annotated[int, Ge(1)] = 10_000  # records that streaming draws the next from
     labels: Literal["assistant", "reference"] = "assistant"  # reference: as the original learns
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows hold several samples; what is left to the machine is settled before."""
+        return self.packing is True
 
     @property
     def has_eval(self) -> bool:
@@ -73,6 +81,21 @@ class BatchConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     samples: Annotated[int, Ge(1)] | None = None  # of a step, all processes together; None: by rows
+
+
+def settled_packing(data: DataConfig, batch: BatchConfig, trainer: dict[str, Any]) -> DataConfig:
+    """The section with packing decided, as far as the recipe itself says whether it can be."""
+    if data.packing != "auto":
+        return data
+    if batch.samples is not None:
+        return replace(data, packing=True)
+    as_samples_come = (
+        data.streaming
+        or trainer.get("train_sampling_strategy", "random") != "random"
+        or trainer.get("dataloader_drop_last", False)
+        or trainer.get("auto_find_batch_size", False)
+    )
+    return replace(data, packing=False) if as_samples_come else data
 
 
 def batch_faults(batch: BatchConfig, data: DataConfig, trainer: dict[str, Any]) -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""What a run is told that needs more memory than there is, or more time than it might."""
+"""What a run is told that needs more memory than there is."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,11 @@ from vltrain.models.sizes import (
     TowerSizes,
 )
 from vltrain.training.activations import BatchSizes, Compute
-from vltrain.training.engines import NO_ENGINE, Engine
+from vltrain.training.engines import Engine
 from vltrain.training.memory import CONTEXT_BYTES, GIB, WORKSPACE_BYTES
 from vltrain.training.moments import Work
 from vltrain.training.optimizer_bytes import Optimizer
-from vltrain.workflows.advice import memory_advice, refuse_what_cannot_fit, speed_advice
+from vltrain.workflows.advice import memory_advice, refuse_what_cannot_fit
 from vltrain.workflows.memory import RunMemory
 
 MILLION = 10**6
@@ -208,43 +208,3 @@ def test_an_empty_run_needs_what_driver_and_libraries_take(tmp_path: Path):
     empty = replace(RUN, census=Census({}, AdapterSizes()), batch=batch)
 
     assert empty.estimate.needed == CONTEXT_BYTES + WORKSPACE_BYTES
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (),
-        ("trainer.gradient_accumulation_steps=16",),
-        ("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2"),
-    ],
-)
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_what_takes_less_time_is_a_recipe_of_the_same_steps(tmp_path, method, settings):
-    settings = ("dtype=bf16", *settings)
-    slow = recipe_of(tmp_path, *settings, method=method)
-    advice = speed_advice(slow, NO_ENGINE)
-
-    words = advice.partition(": --set ")[2].split(" --set ")
-    fast = recipe_of(tmp_path, *settings, *words, method=method)
-
-    trainer = slow.trainer
-    samples = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
-    assert fast.batch.samples == samples
-    assert (fast.data.packing, fast.compile, fast.memory) == (True, "auto", "auto")
-    assert speed_advice(fast, NO_ENGINE) is None
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        *("compile=true", "memory=lean", "trainer.train_sampling_strategy=group_by_length"),
-        *("trainer.dataloader_drop_last=true", "dtype=fp32"),
-        "trainer.gradient_checkpointing_kwargs={use_reentrant: false}",
-    ],
-)
-def test_a_recipe_that_has_its_own_way_is_told_of_no_other(tmp_path, setting):
-    plain = recipe_of(tmp_path, "dtype=bf16")
-
-    assert speed_advice(plain, NO_ENGINE) is not None
-    assert speed_advice(recipe_of(tmp_path, "dtype=bf16", setting), NO_ENGINE) is None
-    assert speed_advice(plain, Engine("ddp", "asked for")) is None

@@ -31,8 +31,9 @@ from vltrain.workflows.estimate import (
     probe_epoch,
     run_memory,
 )
-from vltrain.workflows.memory import largest_batch_of, packed_batch, padded_batch, sharing_of
+from vltrain.workflows.memory import packed_batch, padded_batch, sharing_of
 from vltrain.workflows.prepare import hold_weights, prepare_model
+from vltrain.workflows.settle import settled
 from vltrain.workflows.train import train
 
 NO_CONSOLE = Console(file=io.StringIO())
@@ -67,7 +68,7 @@ def test_neither_weights_nor_data_are_needed(bare: Path, capsys):
     assert f"lora · {bare} · Qwen-VL v1" in out.replace("\n", "")
     for part in ("weights: decoder layers", "weights: adapter", "optimizer", "gradients"):
         assert part in out
-    assert "with 1 x 2,048 tokens (2,042 learned) and 1 picture" in out
+    assert "with 1 x 8,192 tokens (8,168 learned) and 4 pictures" in out
     assert "the GPU has 8.0: a batch of up to" in out.replace("\n", " ")
     assert "time: it is measured, on a GPU, and there is none here" in out
 
@@ -80,9 +81,9 @@ def test_the_figures_of_the_json_add_up(bare: Path, capsys):
     assert found["needed_bytes"] == found["allocated_bytes"] + CONTEXT_BYTES
     assert found["batch"] == {
         "rows": 1,
-        "row_tokens": 2048,
-        "learned_tokens": 2042,
-        "pictures": 1,
+        "row_tokens": 8192,
+        "learned_tokens": 8168,
+        "pictures": 4,
     }
     assert (found["method"], found["dtype"], found["gpu_bytes"]) == ("lora", "bf16", 2**30)
     assert found["fits"] is True
@@ -94,7 +95,7 @@ def test_the_batch_is_the_largest_that_the_data_has(bare: Path, data: Path, caps
         None,
         model=str(bare),
         data=[data],
-        overrides=["trainer.per_device_train_batch_size=3"],
+        overrides=["trainer.per_device_train_batch_size=3", "data.packing=false"],
         as_json=True,
     )
 
@@ -282,10 +283,10 @@ def test_weights_gradients_and_states_are_those_that_torch_allocates(
     base: Path, data: Path, tmp_path: Path, method: Method, settings: tuple[str, ...], dtype: str
 ):
     recipe = a_recipe(base, data, tmp_path, f"dtype={dtype}", *settings, method=method)
+    recipe = settled(recipe, NO_ENGINE)
     arguments, read = training_arguments(recipe), read_base(recipe.model)
     halves = read_halves(NO_CONSOLE, recipe, read, arguments)
-    batch = largest_batch_of(recipe, read.family.read_sizes(read.config), halves, arguments)
-    memory = run_memory(recipe, read, arguments, batch).estimate
+    memory = run_memory(recipe, read, arguments, NO_ENGINE, halves)[1].estimate
     held = Held()
     model = prepare_model(recipe, read.family, read.folder, device=arguments.device, seed=0)
     hold_weights(model, recipe, gpu_bytes=None)
@@ -360,10 +361,10 @@ def test_steps_are_measured_and_leave_nothing_behind(base: Path, data: Path, tmp
 def test_only_a_run_that_fits_the_one_gpu_is_probed(
     base: Path, data: Path, tmp_path: Path, monkeypatch, gpu_bytes: int, gpus: int, expected: bool
 ):
-    recipe = a_recipe(base, data, tmp_path / "run", "dtype=fp32")
+    recipe = settled(a_recipe(base, data, tmp_path / "run", "dtype=fp32"), NO_ENGINE)
     read, arguments = read_base(recipe.model), training_arguments(recipe)
     halves = read_halves(NO_CONSOLE, recipe, read, arguments)
-    run = run_memory(recipe, read, arguments, BatchSizes(1, 100, 50, 1))
+    _, run = run_memory(recipe, read, arguments, NO_ENGINE, halves)
 
     assert not can_be_probed(run, halves, 1)  # without a GPU
     monkeypatch.setattr(vltrain.workflows.estimate, "gpu_memory", lambda: gpu_bytes)

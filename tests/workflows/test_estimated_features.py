@@ -9,11 +9,13 @@ from tiny import write_conversations
 
 from vltrain.config import Method, load_recipe
 from vltrain.training.arguments import training_arguments
+from vltrain.training.engines import NO_ENGINE
 from vltrain.training.features import BATCH_ON_GPU
 from vltrain.training.moments import Features
 from vltrain.workflows.base import read_base, read_halves
 from vltrain.workflows.estimate import estimate_run, run_memory
-from vltrain.workflows.memory import RunMemory, largest_batch_of
+from vltrain.workflows.memory import RunMemory
+from vltrain.workflows.settle import settled
 
 TOKENS = Features(("vision", "projector"), BATCH_ON_GPU)
 PATCHES = Features(("vision",), BATCH_ON_GPU)
@@ -32,10 +34,10 @@ def memory(bare: Path, data: Path, *settings: str, method: Method = "lora") -> R
     recipe = load_recipe(
         None, method=method, model=str(bare), data=[data], output=Path("out"), overrides=given
     )
+    recipe = settled(recipe, NO_ENGINE, on_gpu=True)
     arguments, base = training_arguments(recipe), read_base(recipe.model)
     halves = read_halves(Console(file=io.StringIO()), recipe, base, arguments)
-    batch = largest_batch_of(recipe, base.family.read_sizes(base.config), halves, arguments)
-    return run_memory(recipe, base, arguments, batch, halves)
+    return run_memory(recipe, base, arguments, NO_ENGINE, halves)[1]
 
 
 @pytest.mark.parametrize(

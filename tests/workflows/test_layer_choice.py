@@ -20,6 +20,7 @@ from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows import prepare
 from vltrain.workflows.memory import RunMemory, fit_layers, layers_of, ways_to_fit, work_of
 from vltrain.workflows.prepare import layer_runs_of
+from vltrain.workflows.settle import settled
 
 ZERO2, ZERO3 = (
     Engine("deepspeed", "asked for", {"zero_optimization": {"stage": stage}}) for stage in (2, 3)
@@ -31,9 +32,11 @@ def compiler(monkeypatch) -> None:
     monkeypatch.setattr(prepare, "has_compiler", lambda: True)
 
 
-def test_where_a_recipe_says_nothing_layers_are_left_to_transformers():
-    assert layer_runs_of(recipe_of(), NO_ENGINE) is None
-    assert training_arguments(recipe_of()).to_dict()["gradient_checkpointing"] is True
+def test_on_a_cpu_layers_are_left_to_transformers_where_a_recipe_says_nothing():
+    recipe = settled(recipe_of(), NO_ENGINE)
+
+    assert layer_runs_of(recipe, NO_ENGINE) is None
+    assert training_arguments(recipe).to_dict()["gradient_checkpointing"] is True
 
 
 @pytest.mark.parametrize(("recomputes", "kept"), [("true", 0.0), ("false", 1.0)])
@@ -50,17 +53,6 @@ def test_compiled_layers_of_four_bits_are_recomputed_from_outside():
 
     assert layer_runs_of(lean, NO_ENGINE) == LayerRuns(True, 1)
     assert work_of(lean, training_arguments(lean), NO_ENGINE, 1).compute.recomputed(32) == 32
-
-
-def test_by_itself_a_run_compiles_on_a_gpu_alone(monkeypatch):
-    auto = recipe_of("compile=auto")
-    assert layer_runs_of(auto, NO_ENGINE) == LayerRuns(False, 1)
-
-    monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: True)
-
-    assert layer_runs_of(auto, NO_ENGINE).compiled
-    assert not layer_runs_of(auto, ZERO3).compiled
-    assert not layer_runs_of(recipe_of("compile=auto", method="qlora"), NO_ENGINE).compiled
 
 
 def test_layers_whose_weights_are_shared_out_are_not_compiled():
@@ -82,10 +74,10 @@ def test_settings_of_the_recomputation_that_is_replaced_are_refused():
 
 @pytest.mark.parametrize(("memory", "every"), [("fast", 0), ("lean", 1), ("auto", 0)])
 def test_memory_says_what_is_recomputed_in_the_place_of_the_trainers_section(memory, every):
-    settings = (f"memory={memory}", "trainer.gradient_checkpointing=false")
+    settings = (f"memory={memory}", "trainer.gradient_checkpointing=false", "compile=false")
 
     assert layer_runs_of(recipe_of(*settings), NO_ENGINE) == LayerRuns(False, every)
-    compiled = recipe_of(*settings, "compile=true")
+    compiled = recipe_of(*settings[:-1], "compile=true")
     assert layer_runs_of(compiled, NO_ENGINE) == LayerRuns(True, kept=1.0 - every)
 
 
@@ -152,8 +144,10 @@ def test_a_number_is_the_share_that_compiled_layers_keep():
 
     assert layer_runs_of(half, NO_ENGINE) == LayerRuns(True, 0, kept=0.5)
     with pytest.raises(VltrainError, match=r"0.5 is a share of what compiled layers keep"):
-        recipe_of("memory=0.5")
+        recipe_of("compile=false", "memory=0.5")
 
 
 def test_by_itself_a_share_is_none_where_nothing_is_compiled():
-    assert layer_runs_of(recipe_of("compile=auto", "memory=0.5"), NO_ENGINE) == LayerRuns(False, 1)
+    half = settled(recipe_of("memory=0.5"), NO_ENGINE)
+
+    assert layer_runs_of(half, NO_ENGINE) == LayerRuns(False, 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from vltrain.workflows.estimate import estimate_run
 
 pytestmark = pytest.mark.gpu
 
+PLAIN = ("compile=false", "memory=null", "data.packing=false")
 LONGER = ("trainer.max_steps=20", "trainer.warmup_steps=0", "lora.r=8")
 
 
@@ -66,11 +68,60 @@ def test_a_base_in_fp8_loses_what_one_in_bf16_loses(compiled, data, tmp_path):
     assert narrow[-1] < narrow[0] - 0.3
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", ()),
+        ("lora", ("lora.weights=bf16",)),
+        ("lora", ("lora.embeddings=true",)),
+        ("lora", ("lora.dora=true",)),
+        ("lora", ("freeze.vision=false", "freeze.projector=false")),
+        ("lora", ("memory=lean",)),
+        ("qlora", ()),
+        ("full", ()),
+        ("full", ("full.weights=residual",)),
+    ],
+    ids=str,
+)
+def test_by_itself_a_run_takes_the_fast_way_and_loses_what_a_plain_one_does(
+    method, settings, data, tmp_path
+):
+    base = write_qwen_vl(tmp_path / "base")
+    settings = (*settings, "trainer.learning_rate=1e-3", "trainer.warmup_steps=0")
+    settings += () if method == "full" else ("lora.dropout=0",)
+
+    fast = quick(base, data, tmp_path / "fast", *settings, method=method)
+    shown = run(fast)
+    plain = [word for word in PLAIN if word.partition("=")[0] not in " ".join(settings)]
+    run(quick(base, data, tmp_path / "plain", *settings, *plain, method=method))
+
+    assert "the 2 samples of each step are packed into rows" in shown
+    compiles = method != "qlora" and "lora.dora=true" not in settings
+    assert ("layers are compiled" in shown) is compiles
+    ours, theirs = ([loss for _, loss in metrics(tmp_path / name)] for name in ("fast", "plain"))
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours[-1] < ours[0]
+
+
+def test_on_the_fast_way_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(data, tmp_path):
+    base, out = write_qwen_vl(tmp_path / "base"), tmp_path / "run"
+    recipe = quick(base, data, out, "trainer.save_steps=3", "trainer.learning_rate=1e-3")
+    run(recipe)
+    whole, made = metrics(out), weights(out / "final")
+
+    for folder in ("final", "checkpoint-6"):
+        shutil.rmtree(out / folder)
+    assert "resuming from" in run(recipe)
+
+    assert metrics(out) == whole
+    assert all(torch.equal(tensor, made[name]) for name, tensor in weights(out / "final").items())
+
+
 def test_memory_that_runs_out_ends_a_run_with_its_own_code_and_what_to_change(data, tmp_path):
     base = write_qwen_vl(tmp_path / "base")
     fraction = 48 * 2**20 / torch.cuda.get_device_properties(0).total_memory
     words = ["lora", "--model", base, "--data", data, "--output", tmp_path / "run"]
-    words += ["--set", "trainer.per_device_train_batch_size=256"]
+    words += ["--set", "trainer.per_device_train_batch_size=256", "--set", "data.packing=false"]
 
     done = subprocess.run(
         [sys.executable, "-m", "vltrain", *map(str, words)],

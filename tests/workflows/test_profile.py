@@ -175,7 +175,7 @@ def test_a_step_is_8_samples_whatever_the_recipe_says(overrides, batch, accumula
 
     assert recipe.trainer["per_device_train_batch_size"] == batch
     assert recipe.trainer["gradient_accumulation_steps"] == accumulation
-    assert recipe.batch.samples == (8 if recipe.data.packing else None)
+    assert recipe.batch.samples == (8 if recipe.data.packs else None)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
-from vltrain.workflows import prepare
+from vltrain.workflows import prepare, settle
 from vltrain.workflows.memory import work_of
 from vltrain.workflows.run_data import Halves
+from vltrain.workflows.settle import settled
 
 IN_STEPS = ("data.packing=true", "batch.samples=4", "data.row_tokens=100", "data.max_length=50")
 
 
 def accumulates(recipe: Recipe, halves: Halves | None = None) -> bool:
+    recipe = settled(recipe, NO_ENGINE)
     return work_of(recipe, training_arguments(recipe), NO_ENGINE, 1, halves=halves).accumulates
 
 
@@ -52,12 +54,12 @@ def test_without_data_the_samples_of_a_step_are_as_long_as_they_may_be():
 @pytest.mark.parametrize(
     ("settings", "method", "compiled"),
     [
-        ((), "lora", False),
-        (("memory=fast",), "lora", False),
+        (("compile=false",), "lora", False),
+        (("compile=false", "memory=fast"), "lora", False),
         (("compile=true",), "lora", True),
-        (("compile=auto",), "lora", True),  # the estimate is of a run on a GPU
-        (("compile=auto",), "full", True),
-        (("compile=auto",), "qlora", False),
+        ((), "lora", True),
+        ((), "full", True),
+        ((), "qlora", False),
         (("compile=true",), "qlora", False),
         (("compile=true", "memory=0.5"), "lora", True),
     ],
@@ -66,8 +68,9 @@ def test_without_data_the_samples_of_a_step_are_as_long_as_they_may_be():
 def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
     monkeypatch, settings: tuple[str, ...], method: str, compiled: bool
 ):
-    monkeypatch.setattr(prepare, "has_compiler", lambda: True)
-    arranged = recipe_of(*settings, method=method)
+    for module in (prepare, settle):
+        monkeypatch.setattr(module, "has_compiler", lambda: True)
+    arranged = settled(recipe_of(*settings, method=method), NO_ENGINE, on_gpu=True)
 
     work = work_of(arranged, training_arguments(arranged), NO_ENGINE, 1)
 
@@ -76,6 +79,6 @@ def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
 
 def test_layers_whose_weights_are_shared_out_count_as_not_compiled():
     zero3 = Engine("deepspeed", "asked for", {"zero_optimization": {"stage": 3}})
-    arranged = recipe_of("compile=auto")
+    arranged = settled(recipe_of(), zero3, on_gpu=True)
 
     assert not work_of(arranged, training_arguments(arranged), zero3, 2).compute.compiled

@@ -98,6 +98,16 @@ class StepRows:
         self._lengths = np.asarray(samples.lengths)
         self._epoch_samples = len(self._lengths) if epoch_samples is None else epoch_samples
 
+    def of_length(self, row_tokens: int) -> "StepRows":
+        """The same steps, in rows that may hold so many tokens."""
+        return StepRows(
+            self.samples,
+            step_samples=self.step_samples,
+            row_tokens=row_tokens,
+            epoch_samples=self._epoch_samples,
+            processes=self.processes,
+        )
+
     @property
     def steps(self) -> int:
         """Optimizer steps of an epoch."""

@@ -1,21 +1,17 @@
-"""What makes a run smaller, in order of what it costs and with what it comes to; or faster."""
+"""What makes a run smaller, in order of what it costs and with what it comes to."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 from vltrain.config import Recipe
 from vltrain.errors import VltrainError
 from vltrain.models.sizes import Place, PlaceWeights
-from vltrain.training.arguments import run_dtype
-from vltrain.training.engines import Engine
 from vltrain.training.memory import GIB, scaled
 from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows.memory import RunMemory
 
 # The estimate may be a tenth too high: only what is over by more than that is refused.
 CERTAIN_SHARE = 0.9
-STEP_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -40,30 +36,6 @@ def memory_advice(recipe: Recipe, run: RunMemory | None = None) -> list[str]:
             needed = advice.smaller(run).estimate.needed / GIB
             lines.append(f"{advice.words} (about {needed:.1f} GiB)")
     return lines
-
-
-def speed_advice(recipe: Recipe, engine: Engine) -> str | None:
-    """What makes the steps of a run on one GPU take less time; None where the recipe says how."""
-    trainer, data = recipe.trainer, recipe.data
-    in_any_order = (
-        not data.streaming and trainer.get("train_sampling_strategy", "random") == "random"
-    )
-    has_its_own_way = (
-        data.packing
-        or recipe.arranges_layers
-        or "gradient_checkpointing_kwargs" in trainer
-        or trainer.get("dataloader_drop_last", False)
-    )
-    in_float32 = run_dtype(recipe) == "fp32"
-    if engine.name != "none" or has_its_own_way or not in_any_order or in_float32:
-        return None
-    batch = {key: trainer[key] for key in STEP_KEYS}
-    words = ["data.packing=true", f"batch.samples={prod(batch.values())}"]
-    words += [f"trainer.{key}=1" for key, count in batch.items() if count != 1]
-    words += ["compile=auto", "memory=auto"]
-    return "the same steps in less time, where the memory is there: " + " ".join(
-        f"--set {word}" for word in words
-    )
 
 
 def refuse_what_cannot_fit(recipe: Recipe, run: RunMemory, gpu_bytes: int) -> None:
@@ -107,7 +79,7 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     if wide > data.max_length:
         half = max(data.max_length, wide // 2)
         yield Advice(f"data.row_tokens: {half}; the losses stay", _half_as_long)
-    elif data.packing:
+    elif data.packs and recipe.batch.samples is None:
         yield Advice(
             f"data.max_length: {data.max_length // 2}; rows are as long as that", _half_as_long
         )

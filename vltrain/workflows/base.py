@@ -21,15 +21,23 @@ from vltrain.models.fp8_weights import refuse_old_gpu, refuse_unfit_widths
 from vltrain.models.hub import ResolvedModel, resolve_model
 from vltrain.models.loading import DTYPES
 from vltrain.models.quantization import Nf4, pack_skeleton
-from vltrain.models.sizes import Census
+from vltrain.models.sizes import Census, ModelSizes
 from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype
 from vltrain.training.engines import Engine, Machine, choose_engine
 from vltrain.training.full_weights import HeldWeights
 from vltrain.workflows.features import features_of
-from vltrain.workflows.memory import RunMemory, fit_layers, load_of, work_of
+from vltrain.workflows.memory import (
+    RunMemory,
+    assumed_batch,
+    fit_layers,
+    largest_batch_of,
+    load_of,
+    work_of,
+)
 from vltrain.workflows.prepare import hold_weights, let_learn, shape_of
 from vltrain.workflows.run_data import Halves, read_data, refuse_foreign_ids
+from vltrain.workflows.settle import shorter_rows
 
 
 @dataclass(frozen=True)
@@ -139,33 +147,62 @@ def memory_of(
     base: Base,
     arguments: TrainingArguments,
     engine: Engine,
-    batch: BatchSizes,
     halves: Halves | None,
     *,
-    processes: int,
+    pictures: int = 1,
+    rows_open: bool = False,
+    processes: int = 1,
     gpu_bytes: int | None,
-) -> RunMemory:
-    """A run as far as memory goes; with `memory: auto` as much of its layers is recomputed as the
-    GPU asks for.
+) -> tuple[Halves | None, RunMemory]:
+    """A run as far as memory goes, in rows and with layers run as its GPU asks for.
+
+    With `memory: auto` as much of the layers is recomputed; where that does not suffice and rows
+    are left open, they are shorter.
 
     Args:
-        batch: the largest that a process takes at a time.
+        recipe: settled.
         halves: the run's data; None where it is not known.
+        pictures: in each sample, where no data is known.
+        rows_open: whether the recipe leaves the length of rows open.
         gpu_bytes: of each GPU; None where no size is known.
+
+    Returns:
+        The data, in rows that fit, and the memory.
     """
     one = gpu_bytes if engine.name == "none" else None
     counted = count_run(recipe, base, one, engine)
-    work = work_of(recipe, arguments, engine, processes, counted.held, halves)
     features = features_of(recipe, base.config, counted.stage, engine, arguments, halves)
-    run = RunMemory(
-        counted.census,
-        base.family.read_sizes(base.config),
-        batch,
-        replace(work, features=features),
-        engine,
-        held=counted.held,
-    )
-    return fit_layers(run, gpu_bytes) if recipe.memory == "auto" and gpu_bytes else run
+    sizes = base.family.read_sizes(base.config)
+    for way, there in shorter_rows(recipe, halves) if rows_open else [(recipe, halves)]:
+        work = work_of(way, arguments, engine, processes, counted.held, there)
+        run = RunMemory(
+            counted.census,
+            sizes,
+            batch_of(way, sizes, there, arguments, pictures=pictures),
+            replace(work, features=features),
+            engine,
+            held=counted.held,
+        )
+        if gpu_bytes and recipe.memory == "auto":
+            run = fit_layers(run, gpu_bytes)
+        if not gpu_bytes or run.estimate.comfortable <= gpu_bytes:
+            break
+    return there, run
+
+
+def batch_of(
+    recipe: Recipe,
+    sizes: ModelSizes,
+    halves: Halves | None,
+    arguments: TrainingArguments,
+    *,
+    pictures: int,
+) -> BatchSizes:
+    """The largest batch that a process takes at a time, of its data or as the recipe allows it."""
+    if halves is None:
+        rows = arguments.per_device_train_batch_size
+        return assumed_batch(recipe, sizes, pictures, rows)
+    return largest_batch_of(recipe, sizes, halves, arguments)
 
 
 def plan_engine(recipe: Recipe, base: Base, machine: Machine | None = None) -> Engine:

@@ -21,9 +21,8 @@ from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES
 from vltrain.models.quantization import Nf4, pack_in_place
 from vltrain.recipe_yaml import read_yaml
-from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
-from vltrain.training.engines import Machine
+from vltrain.training.engines import Engine, Machine
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
 from vltrain.workflows.base import (
@@ -36,9 +35,7 @@ from vltrain.workflows.base import (
 )
 from vltrain.workflows.memory import (
     RunMemory,
-    assumed_batch,
     gpu_memory,
-    largest_batch_of,
     layers_of,
     parts,
     show_memory,
@@ -53,7 +50,8 @@ from vltrain.workflows.prepare import (
     shape_of,
 )
 from vltrain.workflows.quiet import hide_weight_bars
-from vltrain.workflows.run_data import Halves, wide_row
+from vltrain.workflows.run_data import Halves
+from vltrain.workflows.settle import leaves_rows_open, settled
 from vltrain.workflows.train import optimizer_of
 
 NOT_GIVEN = Path("not given")  # stands for the output, and for data that an estimate does without
@@ -104,21 +102,27 @@ def estimate_run(
     hide_weight_bars()
     console = Console(stderr=as_json)
     recipe = draft(recipe_file, method=method, model=model, data=data, overrides=overrides)
+    rows_open = leaves_rows_open(recipe)
     recipe = intended(recipe)
-    arguments = training_arguments(recipe)
     base = read_base(recipe.model)
     refuse_unfit_base(recipe, base.folder)
     refuse_unfit_fp8(recipe, base, here=memory_gib is None)
-    halves = None
-    sizes = base.family.read_sizes(base.config)
-    if recipe.data.files == (NOT_GIVEN,):
-        rows = arguments.per_device_train_batch_size
-        batch = assumed_batch(recipe, sizes, pictures, rows)
-    else:
-        halves = read_halves(console, recipe, base, arguments)
-        batch = largest_batch_of(recipe, sizes, halves, arguments)
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
-    run = run_memory(recipe, base, arguments, batch, halves, gpus=gpus, gpu_bytes=gpu_bytes)
+    engine = engine_of(recipe, base, gpus, gpu_bytes)
+    recipe = settled(recipe, engine, processes=gpus, on_gpu=True)
+    arguments = training_arguments(recipe)
+    known = recipe.data.files != (NOT_GIVEN,)
+    halves, run = run_memory(
+        recipe,
+        base,
+        arguments,
+        engine,
+        read_halves(console, recipe, base, arguments) if known else None,
+        pictures=pictures,
+        rows_open=rows_open,
+        gpus=gpus,
+        gpu_bytes=gpu_bytes,
+    )
     epoch = None
     if probe and halves is not None and can_be_probed(run, halves, gpus):
         epoch = probe_epoch(recipe, base, halves, layers_of(recipe, run.engine, run))
@@ -175,16 +179,37 @@ def run_memory(
     recipe: Recipe,
     base: Base,
     arguments: TrainingArguments,
-    batch: BatchSizes,
+    engine: Engine,
     halves: Halves | None = None,
     *,
+    pictures: int = 1,
+    rows_open: bool = False,
     gpus: int = 1,
     gpu_bytes: int | None = None,
-) -> RunMemory:
+) -> tuple[Halves | None, RunMemory]:
     """A run on some GPUs as far as memory goes; its model is counted and not loaded.
 
-    Args:
-        halves: the run's data; None where it is not known.
+    Args, and what is returned: as of `memory_of`.
+    """
+    halves, run = memory_of(
+        recipe,
+        base,
+        arguments,
+        engine,
+        halves,
+        pictures=pictures,
+        rows_open=rows_open,
+        processes=gpus,
+        gpu_bytes=gpu_bytes,
+    )
+    words = decisions(recipe, base.family, base.folder, run.held)
+    if run.work.features is not None:
+        words.append("pictures: their features are kept, and computed before the first step")
+    return halves, replace(run, decisions=(*words, *run.decisions))
+
+
+def engine_of(recipe: Recipe, base: Base, gpus: int, gpu_bytes: int | None) -> Engine:
+    """What a run would be under on some GPUs.
 
     Raises:
         VltrainError: the recipe's engine cannot run there, or the choice of one needs the size
@@ -199,13 +224,7 @@ def run_memory(
     machine = Machine(gpus, grouped=gpus > 1 or recipe.needs_processes, gpu_bytes=gpu_bytes)
     engine = plan_engine(recipe, base, machine)
     refuse_unfit_engine(recipe, engine)
-    run = memory_of(
-        recipe, base, arguments, engine, batch, halves, processes=gpus, gpu_bytes=gpu_bytes
-    )
-    words = decisions(recipe, base.family, base.folder, run.held)
-    if run.work.features is not None:
-        words.append("pictures: their features are kept, and computed before the first step")
-    return replace(run, decisions=(*words, *run.decisions))
+    return engine
 
 
 def intended(recipe: Recipe) -> Recipe:
@@ -217,11 +236,8 @@ def intended(recipe: Recipe) -> Recipe:
     trainer = recipe.trainer
     if recipe.method == "qlora":
         trainer = {"optim": "paged_adamw_8bit"} | trainer
-    data = recipe.data
-    if recipe.batch.samples is not None and data.row_tokens == "auto":
-        data = replace(data, row_tokens=wide_row(data))
     dtype = "fp32" if recipe.dtype == "fp32" else "bf16"
-    return replace(recipe, dtype=dtype, trainer=trainer, data=data)
+    return replace(recipe, dtype=dtype, trainer=trainer)
 
 
 def probe_epoch(
@@ -266,7 +282,7 @@ def random_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | 
     finally:
         torch.set_default_dtype(torch.float32)
     model.config.use_cache = False
-    if recipe.data.packing:
+    if recipe.data.packs:
         attend_packed(model)
     if recipe.method == "qlora":
         pack_in_place(model, base.family, Nf4(recipe.quantize.vision), DTYPES[run_dtype(recipe)])

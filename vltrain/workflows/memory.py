@@ -92,12 +92,12 @@ def work_of(
     checkpointing = getattr(arguments, "activation_checkpointing", None)
     if checkpointing is None:  # its name before transformers 5.23
         checkpointing = arguments.gradient_checkpointing
-    layers = layer_runs_of(recipe, engine, on_gpu=True)
+    layers = layer_runs_of(recipe, engine)
     if layers is not None:
         checkpointing = layers.recompute_every > 0
     compute = Compute(
         bytes=DTYPES[run_dtype(recipe)].itemsize,
-        attention="packed" if recipe.data.packing else "sdpa",
+        attention="packed" if recipe.data.packs else "sdpa",
         checkpointing=checkpointing,
         kept_share=1.0 if layers is None else layers.kept,
         compiled=layers is not None and layers.compiled and recipe.method != "qlora",
@@ -291,7 +291,7 @@ def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -
         budget = Packer(recipe.data, recipe.batch.samples, processes=1, seed=0).row_tokens
         together = min(recipe.batch.samples, budget // room)
         row_tokens = together * room
-    elif recipe.data.packing and recipe.data.row_tokens != "auto":
+    elif recipe.data.packs and recipe.data.row_tokens != "auto":
         row_tokens = recipe.data.row_tokens
         together = row_tokens // room
     return BatchSizes(

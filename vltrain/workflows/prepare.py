@@ -83,9 +83,7 @@ def refuse_unfit_engine(recipe: Recipe, engine: Engine) -> None:
         )
 
 
-def layer_runs_of(
-    recipe: Recipe, engine: Engine, *, on_gpu: bool | None = None
-) -> LayerRuns | None:
+def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
     """How a run's layers are run; None: as transformers does by the `trainer:` section.
 
     With `memory: auto` the memory of a GPU has yet to say which of them are recomputed. Where all
@@ -93,7 +91,7 @@ def layer_runs_of(
     compiled, are recomputed from outside.
 
     Args:
-        on_gpu: whether the run is on a GPU; None: where this machine has one.
+        recipe: settled.
 
     Raises:
         VltrainError: the recipe wants them compiled, and they cannot be.
@@ -101,11 +99,8 @@ def layer_runs_of(
     if not recipe.arranges_layers:
         return None
     compiled = recipe.compile
-    if compiled == "auto":
-        there = torch.cuda.is_available() if on_gpu is None else on_gpu
-        fit = recipe.method != "qlora" and not engine.shards_weights
-        compiled = there and fit and has_compiler()
-    elif compiled:
+    assert compiled != "auto", "settled before"
+    if compiled:
         refuse_uncompilable(engine)
     if isinstance(recipe.memory, float):
         if not compiled:  # nothing can leave out a part of a layer: all of it is
@@ -170,7 +165,7 @@ def prepare_model(
         quantize=quantize,
     )
     model.config.use_cache = False
-    if recipe.data.packing:
+    if recipe.data.packs:
         attend_packed(model)
     return hold_base(let_learn(model, recipe, family, folder, seed=seed), recipe, family)
 
@@ -263,6 +258,8 @@ def hold_weights(
 def decisions(recipe: Recipe, family: Family, folder: Path, held: HeldWeights | None) -> list[str]:
     """What a recipe leaves open and a run has decided, in words."""
     lines = []
+    if recipe.compile:
+        lines.append("layers are compiled: the first steps take a minute more (compile: true)")
     if held in HELD:
         lines.append(f"learned weights: {HELD[held]}; moments of 8 bits (full.weights: {held})")
     if recipe.lora.base == "fp8":

@@ -37,14 +37,15 @@ from vltrain.training.flops import ModelWork, Weights, matmul_rate
 from vltrain.training.made_up import MadeUpSamples, spread_lengths, write_photo
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.base import Base, count_run, read_base, refuse_unfit_fp8
-from vltrain.workflows.estimate import draft, probe_recipe, random_model, run_memory
+from vltrain.workflows.base import Base, count_run, memory_of, read_base, refuse_unfit_fp8
+from vltrain.workflows.estimate import draft, probe_recipe, random_model
 from vltrain.workflows.features import autocast_of
-from vltrain.workflows.memory import gpu_memory, largest_batch_of, layers_of
+from vltrain.workflows.memory import gpu_memory, layers_of
 from vltrain.workflows.prepare import hold_weights, prepare_model, refuse_unfit_base
 from vltrain.workflows.profile_report import Row, Setting, Span, as_object, headings, line, show
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, Packer
+from vltrain.workflows.settle import leaves_rows_open, settled
 from vltrain.workflows.train import optimizer_of
 
 STEP_SAMPLES = 8  # of the original's own table: 1 at a time, accumulated 8 times
@@ -60,7 +61,7 @@ PUBLISHED = "the published size"
 class Subject:
     """What is measured."""
 
-    recipe: Recipe
+    recipe: Recipe  # as it is asked for: what it leaves open, each length decides
     base: Base
     model: PreTrainedModel | PeftModel
     work: ModelWork
@@ -96,7 +97,8 @@ def profile_steps(
     console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe, base, made_up = _read(folder, recipe_file, method, model, overrides)
+        asked, base, made_up = _read(folder, recipe_file, method, model, overrides)
+        recipe = settled(asked, NO_ENGINE)
         spans = _spans(lengths, base)
         _refuse_small_machine(recipe, base)
         random = random or made_up
@@ -111,7 +113,7 @@ def profile_steps(
         )
         for heading in headings(setting):
             console.print(heading, soft_wrap=True, highlight=False)
-        subject = _subject(recipe, base, folder, random=random)
+        subject = replace(_subject(recipe, base, folder, random=random), recipe=asked)
         rows: list[Row] = []
         for span in spans:
             rows.append(_measured(subject, setting.rate, span, steps, folder))
@@ -166,7 +168,7 @@ def in_steps_of(recipe: Recipe, samples: int) -> Recipe:
             what="one GPU is measured, and the recipe asks for an engine of several",
             fix="take out engine and deepspeed: --set engine=auto",
         )
-    if recipe.data.packing:
+    if recipe.data.packs:
         batch = replace(recipe.batch, samples=samples)
         return replace(recipe, batch=batch, trainer=recipe.trainer | WHOLE_STEPS)
     at_once = recipe.trainer["per_device_train_batch_size"]
@@ -319,32 +321,32 @@ def _measured(subject: Subject, rate: float, span: Span, steps: int, folder: Pat
 
 def _train(subject: Subject, rate: float, span: Span, steps: int, folder: Path) -> Row:
     base, model = subject.base, subject.model
-    recipe = replace(subject.recipe, data=replace(subject.recipe.data, max_length=span.longest))
+    asked = replace(subject.recipe, data=replace(subject.recipe.data, max_length=span.longest))
+    recipe = settled(asked, NO_ENGINE)
     picture_ids = base.family.example_picture(base.config).input_ids
-    compiled = recipe.compile is not False
-    warmup = COMPILING_STEPS if compiled else WARMUP_STEPS
+    warmup = COMPILING_STEPS if recipe.compile else WARMUP_STEPS
     recipe = probe_recipe(recipe, folder / "run")
     recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": warmup + steps})
     tokens = spread_lengths(span.shortest, span.longest, STEP_SAMPLES * (warmup + steps + 1))
     samples = MadeUpSamples(picture_ids, tokens, subject.picture)
     arguments = training_arguments(recipe)
     rows = None
-    if recipe.data.packing:
+    if recipe.data.packs:
         rows = Packer(recipe.data, STEP_SAMPLES, 1, arguments.seed).rows(samples, None)
-    layers = None
-    if recipe.arranges_layers:
-        sizes = base.family.read_sizes(base.config)
-        batch = largest_batch_of(recipe, sizes, Halves(samples, None, rows=rows), arguments)
+    halves, run = Halves(samples, None, rows=rows), None
+    if gpu_bytes := gpu_memory():
         kept = replace(recipe, data=replace(recipe.data, cache_features=bool(subject.skipped)))
-        run = run_memory(kept, base, arguments, batch, gpu_bytes=gpu_memory())
-        layers = layers_of(recipe, NO_ENGINE, run if gpu_memory() else None)
+        open_ = leaves_rows_open(asked)
+        halves, run = memory_of(
+            kept, base, arguments, NO_ENGINE, halves, rows_open=open_, gpu_bytes=gpu_bytes
+        )
     held = hold_weights(model, recipe, gpu_memory())
     measured = measure(
         model,
         arguments,
-        samples if rows is None else rows,
+        samples if rows is None else halves.rows,
         Collator(0) if rows is None else collate_rows,
-        layers=layers,
+        layers=layers_of(recipe, NO_ENGINE, run),
         optimizer=optimizer_of(recipe, arguments, held),
     )
     seconds = measured.seconds_per_step(warmup)

@@ -51,7 +51,7 @@ class Row:
 class Setting:
     """What is measured, on what."""
 
-    recipe: Recipe
+    recipe: Recipe  # settled
     model: str
     random: bool  # weights
     dtype: str
@@ -97,8 +97,8 @@ def headings(setting: Setting) -> Iterator[Text | str]:
     fp8 = ["frozen layers in fp8"] if recipe.lora.base == "fp8" else []
     levers = [
         *fp8,
-        "packed" if recipe.data.packing else "padded",
-        "layers compiled" if recipe.compile is not False else "layers not compiled",
+        "packed" if recipe.data.packs else "padded",
+        "layers compiled" if recipe.compile else "layers not compiled",
         f"memory: {recipe.memory}"
         if recipe.memory is not None
         else f"gradient checkpointing {checkpointing}",
@@ -181,7 +181,7 @@ def as_object(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
         },
         "samples_per_step": setting.samples,
         "lora_base": recipe.lora.base,
-        "packing": recipe.data.packing,
+        "packing": recipe.data.packs,
         "compile": recipe.compile,
         "memory": recipe.memory,
         "gradient_checkpointing": recipe.trainer["gradient_checkpointing"],

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -166,7 +165,7 @@ def _tables(
         train=samples,
         evaluation=_for_evaluation(table, report, reader, held_out) if data.has_eval else None,
         mix=mix,
-        rows=packer.rows(samples, mix) if data.packing else None,
+        rows=packer.rows(samples, mix) if data.packs else None,
         dropped=report.dropped,
     )
 
@@ -199,12 +198,9 @@ class Packer:
 
     @property
     def row_tokens(self) -> int:
-        """How many tokens a row may hold. Long rows are for the kernel that a GPU has: elsewhere
-        each token of a row is held against each."""
-        if self.data.row_tokens != "auto":
-            return self.data.row_tokens
-        wide = self.step_samples is not None and torch.cuda.is_available()
-        return wide_row(self.data) if wide else self.data.max_length
+        """How many tokens a row may hold."""
+        auto = self.data.row_tokens == "auto"
+        return self.data.max_length if auto else self.data.row_tokens
 
     def rows(self, samples: SampleDataset, mix: Mix | None) -> PackedDataset | StepRows:
         """The samples of an epoch, packed.

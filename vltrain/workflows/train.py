@@ -20,7 +20,6 @@ from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import fetch_weights
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES, checkpoint_dtype, load_model
-from vltrain.models.loss import gpus_have_kernels
 from vltrain.models.pissa import against_base, double_rank, first_weights
 from vltrain.models.saving import Origin, save_adapter, save_like, write_origin
 from vltrain.models.shares import whole_tensors
@@ -40,7 +39,7 @@ from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
-from vltrain.workflows.advice import refuse_what_cannot_fit, speed_advice
+from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.base import (
     Base,
     memory_of,
@@ -63,7 +62,6 @@ from vltrain.workflows.guard import (
 from vltrain.workflows.memory import (
     RunMemory,
     gpu_memory,
-    largest_batch_of,
     layers_of,
     show_memory,
 )
@@ -77,6 +75,7 @@ from vltrain.workflows.prepare import (
 )
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, plan_of
+from vltrain.workflows.settle import leaves_rows_open, settled
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -107,10 +106,14 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     engine = plan_engine(recipe, base)
     refuse_unfit_engine(recipe, engine)
     engine = on_processes_of_now(engine, run, process_count())
-    in_steps = in_steps_of_before(recipe, run, process_count())
-    arguments = training_arguments(in_steps, engine)  # before any model is loaded
+    asked = recipe
+    in_steps = in_steps_of_before(asked, run, process_count())
+    recipe = settled(in_steps, engine, processes=process_count())
+    arguments = training_arguments(recipe, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
-    memory = check_memory(console, recipe, base, halves, arguments, engine)
+    halves, memory = check_memory(
+        console, recipe, base, halves, arguments, engine, rows_open=leaves_rows_open(asked)
+    )
     layers = layers_of(recipe, engine, memory)
     fingerprint = data_fingerprint(recipe.data, halves.train, run.read_data_fingerprint())
     refuse_changed_data(run, fingerprint)
@@ -129,7 +132,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     )
     if engine.name != "none":
         let_ranks_meet(model, base.family, engine, halves)
-    origin = begin(run, recipe, base, engine, halves) if is_first() else None
+    origin = begin(run, asked, base, engine, halves) if is_first() else None
     if origin is not None:
         step = samples_per_step(recipe, process_count())
         run.keep_data_fingerprint({**fingerprint, "samples_per_step": step})
@@ -195,23 +198,30 @@ def check_memory(
     halves: Halves,
     arguments: TrainingArguments,
     engine: Engine,
-) -> RunMemory | None:
+    *,
+    rows_open: bool,
+) -> tuple[Halves, RunMemory | None]:
     """What a run will take of the GPU that is there, shown; None without one.
+
+    Args:
+        rows_open: whether rows may be shorter, where the memory asks for it.
+
+    Returns:
+        The data, in rows that fit, and the memory.
 
     Raises:
         VltrainError: it cannot fit, and `memory_check` is on.
     """
     gpu_bytes = gpu_memory()
     if gpu_bytes is None:
-        return None
-    batch = largest_batch_of(recipe, base.family.read_sizes(base.config), halves, arguments)
-    run = memory_of(
+        return halves, None
+    halves, run = memory_of(
         recipe,
         base,
         arguments,
         engine,
-        batch,
         halves,
+        rows_open=rows_open,
         processes=process_count(),
         gpu_bytes=gpu_bytes,
     )
@@ -220,7 +230,7 @@ def check_memory(
         console.print(line, soft_wrap=True)
     if recipe.memory_check:
         refuse_what_cannot_fit(recipe, run, gpu_bytes)
-    return run
+    return halves, run
 
 
 def show_plan(
@@ -255,11 +265,6 @@ def show_plan(
         f"{step_count(arguments, units):,} steps of {step:,} {noun}, "
         f"weights in {run_dtype(recipe)}, on {arguments.device}"
     )
-    begun = RunDir(recipe.output).last_checkpoint() is not None  # then its recipe must stay
-    new_gpu = arguments.device.type == "cuda" and gpus_have_kernels()
-    faster = speed_advice(recipe, engine) if new_gpu and not begun else None
-    if faster is not None:
-        console.print(faster, soft_wrap=True)
     if engine.name != "none":
         console.print(
             f"{process_count()} processes under {engine}: {engine.reason}", soft_wrap=True

@@ -1,0 +1,89 @@
+"""What a recipe leaves to the machine: the fast way to take its steps, where that is known to work.
+
+A step learns from the same samples either way. `compile: auto`, `memory: auto` and
+`data.packing: auto` stand for it, and are what a recipe has that says nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from vltrain.config import Recipe
+from vltrain.data.step_rows import StepRows
+from vltrain.models.loss import gpus_have_kernels
+from vltrain.trainer_config import WHOLE_STEPS
+from vltrain.training.arguments import run_dtype
+from vltrain.training.engines import Engine
+from vltrain.workflows.prepare import has_compiler
+from vltrain.workflows.run_data import Halves, wide_row
+
+
+def settled(
+    recipe: Recipe, engine: Engine, *, processes: int = 1, on_gpu: bool | None = None
+) -> Recipe:
+    """The recipe with what it leaves open decided, but for what the GPU's memory has a say in.
+
+    `memory: auto` stays where the memory is to decide; rows are as long as they may be.
+
+    Args:
+        engine: what the run is under.
+        processes: of the run.
+        on_gpu: whether it is on a GPU; None: where this machine has one.
+    """
+    there = torch.cuda.is_available() if on_gpu is None else on_gpu
+    alone = there and engine.name == "none"
+    compiled = recipe.compile
+    if compiled == "auto":
+        compiles = recipe.method != "qlora" and not recipe.lora.dora
+        compiled = alone and compiles and has_compiler()
+    memory = recipe.memory if alone or recipe.memory != "auto" else None
+    return _packed(replace(recipe, compile=compiled, memory=memory), processes, alone, there)
+
+
+def _packed(recipe: Recipe, processes: int, alone: bool, on_gpu: bool) -> Recipe:
+    """The recipe with its samples packed, or not, and the length of rows decided."""
+    data, batch, trainer = recipe.data, recipe.batch, recipe.trainer
+    if data.packing == "auto":
+        kernels = alone and gpus_have_kernels() and run_dtype(recipe) != "fp32"
+        packs = kernels or data.row_tokens != "auto"
+        data = replace(data, packing=packs)
+        if packs:
+            of_a_process = prod(trainer[key] for key in WHOLE_STEPS)
+            batch = replace(batch, samples=of_a_process * processes)
+            trainer = trainer | WHOLE_STEPS
+    if batch.samples is not None and data.row_tokens == "auto":
+        # Long rows are for the kernel that a GPU has: elsewhere each token of a row is held
+        # against each.
+        data = replace(data, row_tokens=wide_row(data) if on_gpu else data.max_length)
+    return replace(recipe, data=data, batch=batch, trainer=trainer)
+
+
+def leaves_rows_open(recipe: Recipe) -> bool:
+    """Whether a recipe, as it was written, leaves it to the memory how long rows are."""
+    return recipe.data.row_tokens == "auto"
+
+
+def shorter_rows(recipe: Recipe, halves: Halves | None) -> Iterator[tuple[Recipe, Halves | None]]:
+    """A run as it is, and with the samples of a step in shorter and shorter rows.
+
+    Args:
+        recipe: settled.
+        halves: its data; None where it is not known.
+    """
+    yield recipe, halves
+    if recipe.batch.samples is None:
+        return
+    tokens, least = recipe.data.row_tokens, recipe.data.max_length
+    if halves is not None:
+        least = int(max(halves.train.lengths))
+    while tokens > least:
+        tokens = max(tokens // 2, least)
+        shorter = replace(recipe, data=replace(recipe.data, row_tokens=tokens))
+        yield shorter, None if halves is None else _in_rows_of(halves, tokens)
+
+
+def _in_rows_of(halves: Halves, tokens: int) -> Halves:
+    assert isinstance(halves.rows, StepRows), "steps of so many samples are packed step by step"
+    return replace(halves, rows=halves.rows.of_length(tokens))
