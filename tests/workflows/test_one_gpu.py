@@ -103,6 +103,26 @@ def test_by_itself_a_run_takes_the_fast_way_and_loses_what_a_plain_one_does(
     assert ours[-1] < ours[0]
 
 
+def test_where_nothing_can_be_compiled_a_run_says_so_and_goes_on(data, tmp_path):
+    base = write_qwen_vl(tmp_path / "base")
+    caches = {f"{name}_CACHE_DIR": str(tmp_path / name) for name in ("TRITON", "TORCHINDUCTOR")}
+    words = ["lora", "--model", base, "--data", data, "--output", tmp_path / "run"]
+    words += ["--set", "trainer.max_steps=2", "--set", "lora.r=4"]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "vltrain", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CC": "/bin/false", "CXX": "/bin/false", **caches},
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "layers are not compiled, for nothing can be on this machine" in done.stderr
+    assert "layers are compiled" not in done.stdout
+    assert len(metrics(tmp_path / "run")) == 2
+
+
 def test_on_the_fast_way_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(data, tmp_path):
     base, out = write_qwen_vl(tmp_path / "base"), tmp_path / "run"
     recipe = quick(base, data, out, "trainer.save_steps=3", "trainer.learning_rate=1e-3")

@@ -6,6 +6,7 @@ and the layer is an argument of it. Lengths are symbols from the first call on, 
 other lengths compile nothing.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vltrain.models.dropout import draw_seeds, forget_seeds, hash_dropouts
 from vltrain.models.folded_lora import fold_adapters, set_scales
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,24 @@ class _Forward:
             return run(self.layer, hidden_states, *others, **kwargs)
         finally:
             forget_seeds(self.dropouts)
+
+
+@cache
+def can_compile() -> bool:
+    """Whether something small can be compiled for this machine's GPU, both ways; tried once.
+
+    Compilers may be there and lack what they need: the headers of Python, a driver that they know.
+    """
+    numbers = torch.ones(8, device="cuda", requires_grad=True)
+    try:
+        torch.compile(lambda x: x.sin() * 2, dynamic=True)(numbers).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as why:
+        first = str(why).strip().partition("\n")[0]
+        logger.warning("layers are not compiled, for nothing can be on this machine: %s", first)
+        return False
+    return True
 
 
 def _keep(share: float) -> None:

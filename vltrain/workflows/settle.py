@@ -12,6 +12,7 @@ import torch
 
 from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
+from vltrain.models.layer_runs import can_compile
 from vltrain.models.loss import gpus_have_kernels
 from vltrain.trainer_config import WHOLE_STEPS
 from vltrain.training.arguments import run_dtype
@@ -30,14 +31,15 @@ def settled(
     Args:
         engine: what the run is under.
         processes: of the run.
-        on_gpu: whether it is on a GPU; None: where this machine has one.
+        on_gpu: whether it is on a GPU; None: where this machine has one, and compiling is then
+            tried out.
     """
     there = torch.cuda.is_available() if on_gpu is None else on_gpu
     alone = there and engine.name == "none"
     compiled = recipe.compile
     if compiled == "auto":
-        compiles = recipe.method != "qlora" and not recipe.lora.dora
-        compiled = alone and compiles and has_compiler()
+        known = alone and recipe.method != "qlora" and not recipe.lora.dora and has_compiler()
+        compiled = known and (on_gpu is not None or can_compile())
     memory = recipe.memory if alone or recipe.memory != "auto" else None
     return _packed(replace(recipe, compile=compiled, memory=memory), processes, alone, there)
 
