@@ -175,7 +175,8 @@ class RunDir:
             raise VltrainError.at(
                 str(self.path),
                 what="holds a run of another recipe: " + ", ".join(differences),
-                fix="give another --output, or the recipe of the run that is there",
+                fix="give another --output; or go on with the run that is there: "
+                f"vltrain {there.method} {self.recipe_file}",
             )
 
     def _refuse_foreign_files(self) -> None:
