@@ -22,7 +22,7 @@ from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.training.memory import CONTEXT_BYTES, WORKSPACE_BYTES
 from vltrain.training.moments import Sharing
 from vltrain.training.trainer import Trainer
-from vltrain.workflows.base import read_base, read_halves
+from vltrain.workflows.base import memory_of, read_base, read_halves
 from vltrain.workflows.estimate import (
     can_be_probed,
     draft,
@@ -31,7 +31,12 @@ from vltrain.workflows.estimate import (
     probe_epoch,
     run_memory,
 )
-from vltrain.workflows.memory import packed_batch, padded_batch, sharing_of
+from vltrain.workflows.memory import (
+    RunMemory,
+    packed_batch,
+    padded_batch,
+    sharing_of,
+)
 from vltrain.workflows.prepare import hold_weights, prepare_model
 from vltrain.workflows.settle import settled
 from vltrain.workflows.train import train
@@ -301,6 +306,24 @@ def test_weights_gradients_and_states_are_those_that_torch_allocates(
     assert held.weights == sum(memory.weights.values())
     assert held.gradients == memory.moments[-1].gradients
     assert held.states == memory.optimizer
+
+
+def test_what_other_programs_hold_is_left_to_them(base: Path, data: Path, tmp_path: Path):
+    recipe = a_recipe(base, data, tmp_path / "run", "dtype=bf16", "compile=false")
+    recipe, whole = settled(recipe, NO_ENGINE, on_gpu=True), 2**34
+    read, arguments = read_base(recipe.model), training_arguments(recipe)
+    halves = read_halves(NO_CONSOLE, recipe, read, arguments)
+
+    def run(taken: int) -> RunMemory:
+        given = (recipe, read, arguments, NO_ENGINE, halves)
+        return memory_of(*given, gpu_bytes=whole, taken=taken)[1]
+
+    alone = run(0)
+    crowded = run(whole - alone.estimate.comfortable + 1)
+
+    assert alone.decisions == ("recomputed on the way back: no layer (memory: auto)",)
+    assert crowded.work.compute.checkpointing
+    assert crowded.estimate.comfortable < alone.estimate.comfortable
 
 
 def test_a_run_that_cannot_fit_is_refused_before_its_weights_are_read(

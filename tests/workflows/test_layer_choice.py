@@ -15,10 +15,18 @@ from vltrain.models.sizes import Census
 from vltrain.training.activations import BatchSizes, Compute
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
+from vltrain.training.memory import CONTEXT_BYTES
 from vltrain.training.moments import Work
 from vltrain.training.optimizer_bytes import Optimizer
 from vltrain.workflows import prepare
-from vltrain.workflows.memory import RunMemory, fit_layers, layers_of, ways_to_fit, work_of
+from vltrain.workflows.memory import (
+    RunMemory,
+    fit_layers,
+    held_by_others,
+    layers_of,
+    ways_to_fit,
+    work_of,
+)
 from vltrain.workflows.prepare import layer_runs_of
 from vltrain.workflows.settle import settled
 
@@ -151,3 +159,14 @@ def test_by_itself_a_share_is_none_where_nothing_is_compiled():
     half = settled(recipe_of("memory=0.5"), NO_ENGINE)
 
     assert layer_runs_of(half, NO_ENGINE) == LayerRuns(False, 1)
+
+
+def test_what_other_programs_hold_is_all_that_this_one_does_not(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * gib, 24 * gib))
+    assert held_by_others() == 11 * gib - CONTEXT_BYTES
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * gib, 24 * gib))
+    assert held_by_others() == 0

@@ -153,6 +153,7 @@ def memory_of(
     rows_open: bool = False,
     processes: int = 1,
     gpu_bytes: int | None,
+    taken: int = 0,
 ) -> tuple[Halves | None, RunMemory]:
     """A run as far as memory goes, in rows and with layers run as its GPU asks for.
 
@@ -165,6 +166,7 @@ def memory_of(
         pictures: in each sample, where no data is known.
         rows_open: whether the recipe leaves the length of rows open.
         gpu_bytes: of each GPU; None where no size is known.
+        taken: how many of them other programs hold.
 
     Returns:
         The data, in rows that fit, and the memory.
@@ -172,7 +174,7 @@ def memory_of(
     one = gpu_bytes if engine.name == "none" else None
     counted = count_run(recipe, base, one, engine)
     features = features_of(recipe, base.config, counted.stage, engine, arguments, halves)
-    sizes = base.family.read_sizes(base.config)
+    sizes, room = base.family.read_sizes(base.config), (gpu_bytes or 0) - taken
     for way, there in shorter_rows(recipe, halves) if rows_open else [(recipe, halves)]:
         work = work_of(way, arguments, engine, processes, counted.held, there)
         run = RunMemory(
@@ -184,8 +186,8 @@ def memory_of(
             held=counted.held,
         )
         if gpu_bytes and recipe.memory == "auto":
-            run = fit_layers(run, gpu_bytes)
-        if not gpu_bytes or run.estimate.comfortable <= gpu_bytes:
+            run = fit_layers(run, room)
+        if not gpu_bytes or run.estimate.comfortable <= room:
             break
     return there, run
 

@@ -24,6 +24,7 @@ from vltrain.training.engines import NO_ENGINE, Engine, Load
 from vltrain.training.epoch_order import step_order
 from vltrain.training.full_weights import HELD, HeldWeights
 from vltrain.training.memory import (
+    CONTEXT_BYTES,
     GIB,
     Estimate,
     estimate,
@@ -39,6 +40,9 @@ EVERY = (4, 3, 2)
 
 SHARES = (0.75, 0.5)
 """Of what compiled layers keep, as `memory: auto` tries them."""
+
+UNCERTAIN_BYTES = 512 * 2**20
+"""Of what a GPU is told to hold: contexts and libraries of the process itself differ by so much."""
 
 LABELS: dict[Place, str] = {
     "vision": "vision tower",
@@ -304,6 +308,15 @@ def gpu_memory() -> int | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def held_by_others() -> int:
+    """Bytes of this process's GPU that other programs hold; of little it is not sure, and none."""
+    if not torch.cuda.is_available():
+        return 0
+    free, whole = torch.cuda.mem_get_info()
+    others = whole - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
+    return others if others > UNCERTAIN_BYTES else 0
 
 
 def parts(memory: Estimate) -> Iterator[tuple[str, int]]:

@@ -40,7 +40,7 @@ from vltrain.training.profiling import measure
 from vltrain.workflows.base import Base, count_run, memory_of, read_base, refuse_unfit_fp8
 from vltrain.workflows.estimate import draft, probe_recipe, random_model
 from vltrain.workflows.features import autocast_of
-from vltrain.workflows.memory import gpu_memory, layers_of
+from vltrain.workflows.memory import gpu_memory, held_by_others, layers_of
 from vltrain.workflows.prepare import hold_weights, prepare_model, refuse_unfit_base
 from vltrain.workflows.profile_report import Row, Setting, Span, as_object, headings, line, show
 from vltrain.workflows.quiet import hide_weight_bars
@@ -336,9 +336,15 @@ def _train(subject: Subject, rate: float, span: Span, steps: int, folder: Path) 
     halves, run = Halves(samples, None, rows=rows), None
     if gpu_bytes := gpu_memory():
         kept = replace(recipe, data=replace(recipe.data, cache_features=bool(subject.skipped)))
-        open_ = leaves_rows_open(asked)
         halves, run = memory_of(
-            kept, base, arguments, NO_ENGINE, halves, rows_open=open_, gpu_bytes=gpu_bytes
+            kept,
+            base,
+            arguments,
+            NO_ENGINE,
+            halves,
+            rows_open=leaves_rows_open(asked),
+            gpu_bytes=gpu_bytes,
+            taken=held_by_others(),
         )
     held = hold_weights(model, recipe, gpu_memory())
     measured = measure(

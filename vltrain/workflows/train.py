@@ -33,6 +33,7 @@ from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
 from vltrain.training.gradient_check import AdapterGradients
 from vltrain.training.learning_rates import rate_of
 from vltrain.training.master_adamw import master_optimizer
+from vltrain.training.memory import GIB
 from vltrain.training.plot import plot_loss
 from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
@@ -62,6 +63,7 @@ from vltrain.workflows.guard import (
 from vltrain.workflows.memory import (
     RunMemory,
     gpu_memory,
+    held_by_others,
     layers_of,
     show_memory,
 )
@@ -215,6 +217,7 @@ def check_memory(
     gpu_bytes = gpu_memory()
     if gpu_bytes is None:
         return halves, None
+    taken = held_by_others()
     halves, run = memory_of(
         recipe,
         base,
@@ -224,8 +227,11 @@ def check_memory(
         rows_open=rows_open,
         processes=process_count(),
         gpu_bytes=gpu_bytes,
+        taken=taken,
     )
     show_memory(console, run, gpu_bytes)
+    if taken:
+        console.print(f"other programs hold {taken / GIB:.1f} GiB of the GPU")
     for line in run.decisions:
         console.print(line, soft_wrap=True)
     if recipe.memory_check:
