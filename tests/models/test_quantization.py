@@ -16,7 +16,8 @@ from vltrain.models import load_model
 from vltrain.models.adapters import Adapter, add_lora, count_parts
 from vltrain.models.catalog import QWEN_VL
 from vltrain.models.gptq import packed_weight
-from vltrain.models.quantization import Nf4, pack_in_place, pack_skeleton
+from vltrain.models.quantization import Nf4, pack_layers, pack_skeleton
+from vltrain.models.random_weights import random_in_nf4
 
 DECODER = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 VIT = ("attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
@@ -61,7 +62,7 @@ def test_quantized_layers_are_nf4_with_their_scales_quantized_too(base):
 
 def test_a_model_quantized_in_place_is_the_one_that_is_quantized_while_it_is_read(base):
     read, made = load_model(base, quantize=Nf4(vision=True)), load_model(base)
-    pack_in_place(made, QWEN_VL, Nf4(vision=True), torch.float32)
+    pack_layers(made, QWEN_VL, Nf4(vision=True), torch.float32, lambda weight: weight)
 
     assert quantized(made) == quantized(read)
     tensors = dict(made.named_parameters())
@@ -72,13 +73,31 @@ def test_a_model_quantized_in_place_is_the_one_that_is_quantized_while_it_is_rea
 
 def test_adapters_sit_on_a_model_quantized_in_place(base):
     model = load_model(base)
-    pack_in_place(model, QWEN_VL, Nf4(), torch.float32)
+    pack_layers(model, QWEN_VL, Nf4(), torch.float32, lambda weight: weight)
 
     learning = add_lora(model, QWEN_VL, FreezeConfig(), Adapter(r=4), seed=0)
 
     adapted = learning.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
     assert isinstance(adapted.base_layer, Linear4bit)
     assert type(adapted).__module__ == "peft.tuners.lora.bnb"
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_model_of_random_weights_is_of_the_kinds_that_are_read(base, vision):
+    read = load_model(base, quantize=Nf4(vision))
+    device = torch.device("cpu")
+    made = random_in_nf4(QWEN_VL, read.config, Nf4(vision), torch.float32, device)
+
+    assert quantized(made) == quantized(read)
+    kinds = [
+        {name: (p.shape, p.dtype, p.device) for name, p in model.named_parameters()}
+        for model in (made, read)
+    ]
+    assert kinds[0] == kinds[1]
+    for name, parameter in made.named_parameters():
+        assert name.endswith("bias") or parameter.any(), name
+    with torch.no_grad():
+        assert made.eval()(IDS).logits.std() > 0
 
 
 def test_a_skeleton_has_the_bytes_of_the_quantized_model(base):

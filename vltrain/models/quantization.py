@@ -1,6 +1,7 @@
 """Weights of 4 bits under an adapter, and how many weights packed ones and fp8 stand for."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,28 +70,41 @@ def pack_skeleton(model: nn.Module, family: Family, nf4: Nf4) -> None:
         layer.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def pack_in_place(model: nn.Module, family: Family, nf4: Nf4, dtype: torch.dtype) -> None:
-    """Quantize a model that has its weights, as `nf4_config` does it while they are read.
-
-    For models of random weights; a checkpoint is never whole in memory when it is read.
+def pack_layers(
+    model: nn.Module,
+    family: Family,
+    nf4: Nf4,
+    dtype: torch.dtype,
+    weight_of: Callable[[torch.Tensor], torch.Tensor],
+) -> set[nn.Module]:
+    """Put layers in NF4 into the place of a model's linear ones, as `nf4_config` has them read.
 
     Args:
-        dtype: that quantized layers compute in.
+        dtype: that they compute in.
+        weight_of: the weight of a layer, given the one that is there: itself, or one that is made
+            on another device.
+
+    Returns:
+        The layers.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     settings: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    made: set[nn.Module] = set()
     for name in packed_names(model, family, nf4):
         layer = model.get_submodule(name)
         with torch.device("meta"):
             packed = Linear4bit(
                 layer.in_features, layer.out_features, compute_dtype=dtype, **settings
             )
-        weight = Params4bit(layer.weight.data, requires_grad=False, module=packed, **settings)
-        packed.weight, packed.bias = weight.to(layer.weight.device), layer.bias
+        weight = weight_of(layer.weight.data)
+        held = Params4bit(weight, requires_grad=False, module=packed, **settings)
+        packed.weight, packed.bias = held.to(weight.device), layer.bias
+        made.add(packed)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, packed)
     model.is_loaded_in_4bit = True  # by which peft knows what to put its adapters on
+    return made
 
 
 def dequantized_nf4(weight: torch.Tensor) -> torch.Tensor:

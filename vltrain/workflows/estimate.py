@@ -19,7 +19,8 @@ from vltrain.errors import VltrainError
 from vltrain.models.attention import attend_packed
 from vltrain.models.layer_runs import LayerRuns
 from vltrain.models.loading import DTYPES
-from vltrain.models.quantization import Nf4, pack_in_place
+from vltrain.models.quantization import Nf4
+from vltrain.models.random_weights import random_in_nf4
 from vltrain.recipe_yaml import read_yaml
 from vltrain.training.arguments import run_dtype, step_count, training_arguments
 from vltrain.training.engines import Engine, Machine
@@ -275,17 +276,21 @@ def probe_recipe(recipe: Recipe, folder: Path) -> Recipe:
 def random_model(recipe: Recipe, base: Base, *, seed: int) -> PreTrainedModel | PeftModel:
     """The base with random weights, made on the GPU where there is one, ready to learn."""
     torch.manual_seed(seed)
-    torch.set_default_dtype(DTYPES[run_dtype(recipe)])
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = base.family.model_class(base.config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    dtype = DTYPES[run_dtype(recipe)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.method == "qlora":
+        nf4 = Nf4(recipe.quantize.vision)
+        model = random_in_nf4(base.family, base.config, nf4, dtype, device)
+    else:
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                model = base.family.model_class(base.config)
+        finally:
+            torch.set_default_dtype(torch.float32)
     model.config.use_cache = False
     if recipe.data.packs:
         attend_packed(model)
-    if recipe.method == "qlora":
-        pack_in_place(model, base.family, Nf4(recipe.quantize.vision), DTYPES[run_dtype(recipe)])
     learning = let_learn(model, shape_of(recipe), base.family, base.folder, seed=seed)
     hold_base(learning, recipe, base.family)
     hold_weights(learning, recipe, gpu_memory())
