@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moved_adapters import write_adapter
 from safetensors.torch import load_file
 from tiny import write_qwen_vl
 
@@ -31,3 +32,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_qwen_vl(tmp_path_factory.mktemp("bare") / "base")
     (folder / "model.safetensors").unlink()
     return folder
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """An adapter in the directory of a run on the base."""
+    return write_adapter(base, tmp_path / "run" / "final")
