@@ -6,7 +6,7 @@ import pytest
 import torch
 from moved_adapters import write_adapter
 from safetensors.torch import load_file
-from tiny import write_qwen_vl
+from tiny import write_conversations, write_qwen_vl
 
 import vltrain.workflows.export
 import vltrain.workflows.merge
@@ -24,6 +24,18 @@ def _read_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def _reload_here(folder: Path, scratch: Path | None) -> torch.Tensor | None:
     reload_folder(folder, scratch)
     return None if scratch is None else load_file(scratch)["logits"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that no test of the file changes."""
+    return write_qwen_vl(tmp_path_factory.mktemp("train") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four conversations of `tiny`, five pictures in them."""
+    return write_conversations(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Short runs on a tiny base, for the tests of every method."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +21,11 @@ QUICK = (
     "trainer.gradient_accumulation_steps=2",
     "trainer.learning_rate=1e-2",
     "trainer.report_to=none",
+)
+PACKED = (
+    "data.packing=true",
+    "data.max_length=270",  # two of the four samples to a row, so an epoch has two rows
+    "trainer.gradient_accumulation_steps=1",
 )
 
 
@@ -65,3 +72,18 @@ def metrics(out: Path, key: str = "loss") -> list[tuple[int, float]]:
 def weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files."""
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two folders' tensors have the same names and are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def write_texts(file: Path, *answers: str) -> Path:
+    """A data file of one short question for each answer, without pictures."""
+    records = [
+        {"conversations": [{"from": "user", "value": "?"}, {"from": "assistant", "value": answer}]}
+        for answer in answers
+    ]
+    file.write_text(json.dumps(records))
+    return file

@@ -20,6 +20,7 @@ from vltrain.workflows.merge import merge
 
 @pytest.fixture
 def base(tmp_path):
+    """A base of each test's own, which it may change."""
     return write_qwen_vl(tmp_path / "base")
 
 
