@@ -204,6 +204,11 @@ def run_memory(
         gpu_bytes=gpu_bytes,
     )
     words = decisions(recipe, base.family, base.folder, run.held)
+    if recipe.batch.samples is not None:
+        words.append(
+            f"the {recipe.batch.samples:,} samples of each step are packed into rows of up to "
+            f"{run.batch.row_tokens:,} tokens"
+        )
     if run.work.features is not None:
         words.append("pictures: their features are kept, and computed before the first step")
     return halves, replace(run, decisions=(*words, *run.decisions))

@@ -1,0 +1,109 @@
+"""A run as a user starts it, at the real size: `vltrain` with a model and data, and nothing set.
+
+    python benchmarks/real_run.py --folder /dev/shm --tokens 384 --steps 40
+
+The model has the published sizes, random weights and a vocabulary of bytes; each record shows a
+JPEG of 12 megapixels. Seconds a step are those of the run's own `metrics.jsonl`, everything that a
+run does between steps included, and are to be held beside those of `vltrain profile`. `--tiny` runs
+all of it on a CPU.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from engine_bench import ROOT, WIDE, WIDE_VISION
+from json_lines import tell
+
+STEP_SAMPLES, WARMUP_STEPS = 8, 5
+
+
+def write_base(folder: Path, *, toy: bool) -> Path:
+    """A model of the published sizes; the vocabulary is one of bytes, in matrices as wide."""
+    import tiny
+    import torch
+
+    config = dict(tiny.QWEN_VL_CONFIG)
+    if not toy:
+        config |= WIDE | {"torch_dtype": "bfloat16", "num_hidden_layers": 32}
+        config |= {"vocab_size": 151_936}
+        config["visual"] = config["visual"] | WIDE_VISION | {"layers": 48}
+    with torch.device("cpu" if toy else "cuda"):
+        return tiny.write_qwen_vl(folder / "base", config=config)
+
+
+def write_data(folder: Path, base: Path, tokens: int, count: int) -> Path:
+    """Records of so many tokens, each with a picture."""
+    from vltrain.data import encode
+    from vltrain.models import load_processor
+    from vltrain.training.made_up import write_photo
+
+    write_photo(folder / "photo.jpg")
+    processor, records = load_processor(base), []
+    for number in range(count):
+        question = f"Picture 1: <img>{folder / 'photo.jpg'}</img>\nNumber {number}?"
+        turns = [{"from": "user", "value": question}, {"from": "assistant", "value": "a"}]
+        record = {"id": str(number), "conversations": turns}
+        turns[1]["value"] = "a" * (1 + tokens - len(encode(record, processor).input_ids))
+        records.append(record)
+    file = folder / "train.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def run(folder: Path, base: Path, data: Path, options: argparse.Namespace) -> dict:
+    """The command, and what its log says of its steps."""
+    settings = [f"trainer.max_steps={options.steps}", *options.set]
+    words = [options.method, "--model", base, "--data", data, "--output", folder / "run"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "vltrain", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(done.stdout)
+    if done.returncode:
+        return {"error": f"exit code {done.returncode}"}
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    seconds = [STEP_SAMPLES * options.tokens / row["tokens_per_second"] for row in rows]
+    environment = json.loads((folder / "run" / "environment.json").read_text())
+    return {
+        "method": options.method,
+        "tokens": options.tokens,
+        "seconds_per_step": statistics.median(seconds[WARMUP_STEPS:]),
+        "first_steps": seconds[:WARMUP_STEPS],
+        "command_seconds": time.perf_counter() - started,
+        "hardware": environment["hardware"],
+        "packages": environment["packages"],
+    }
+
+
+def main() -> None:
+    """Write model and data, and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="for 40 GB that are fast")
+    parser.add_argument("--results", type=Path, default=Path("real_run.jsonl"))
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--tokens", type=int, default=384)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--set", action="append", default=[], help="a key of the recipe")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        base = write_base(folder, toy=options.tiny)
+        data = write_data(folder, base, options.tokens, STEP_SAMPLES * options.steps)
+        tell(run(folder, base, data, options), options.results)
+
+
+if __name__ == "__main__":
+    main()
