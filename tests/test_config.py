@@ -412,7 +412,8 @@ def test_packed_rows_have_no_other_order_than_their_own():
             ("batch.samples=8", "data.packing=true", "trainer.gradient_accumulation_steps=8"),
             "and trainer.gradient_accumulation_steps too",
         ),
-        (("data.row_tokens=4096", "data.packing=false"), "data.packing is false"),
+        (("data.row_tokens=4096", "data.packing=false"), "this recipe are not packed"),
+        (("batch.samples=8", "data.streaming=true", "trainer.max_steps=9"), "are not packed"),
         (
             ("data.row_tokens=1024", "data.packing=true"),
             "a row of 1024 tokens does not hold a sample of data.max_length (2048)",

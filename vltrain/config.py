@@ -110,6 +110,8 @@ RECOMPUTING = (
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
     "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
 )
 """Keys of `trainer:` that say how layers are run: a recipe with one of them has its own way."""
 

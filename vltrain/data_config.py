@@ -88,12 +88,13 @@ def settled_packing(data: DataConfig, batch: BatchConfig, trainer: dict[str, Any
     if data.packing != "auto":
         return data
     if batch.samples is not None:
-        return replace(data, packing=True)
+        return replace(data, packing=not data.streaming)
     as_samples_come = (
         data.streaming
         or trainer.get("train_sampling_strategy", "random") != "random"
         or trainer.get("dataloader_drop_last", False)
         or trainer.get("auto_find_batch_size", False)
+        or trainer.get("neftune_noise_alpha") is not None  # less noise the longer a row is
     )
     return replace(data, packing=False) if as_samples_come else data
 
@@ -102,7 +103,10 @@ def batch_faults(batch: BatchConfig, data: DataConfig, trainer: dict[str, Any]) 
     """Steps that are said in two ways, or that nothing packs."""
     if batch.samples is None:
         return
-    if not data.packing:
+    if data.streaming:
+        what = "batch.samples packs the samples of a step, and streamed ones are not packed"
+        yield "batch.samples", what, "say it by trainer.gradient_accumulation_steps"
+    elif not data.packing:
         yield (
             "batch.samples",
             "batch.samples packs the samples of a step, and data.packing is false",
@@ -174,8 +178,8 @@ def _row_faults(data: DataConfig) -> Iterator[Fault]:
     if not data.packing:
         yield (
             "data.row_tokens",
-            "rows are packed samples, and data.packing is false",
-            "take it out, or set data.packing: true",
+            "rows are packed samples, and those of this recipe are not packed",
+            "take it out" if data.streaming else "take it out, or set data.packing: true",
         )
     elif data.row_tokens < data.max_length:
         yield (

@@ -51,8 +51,9 @@ RUN = RunMemory(
 
 
 def recipe_of(out: Path, *settings: str, method: Method = "lora") -> Recipe:
+    given = ("memory=null", *settings)  # which is left to one GPU else
     return load_recipe(
-        None, method=method, model="base", data=[Path("a.json")], output=out, overrides=settings
+        None, method=method, model="base", data=[Path("a.json")], output=out, overrides=given
     )
 
 
@@ -68,6 +69,11 @@ def recipe_of(out: Path, *settings: str, method: Method = "lora") -> Recipe:
             "lora",
             ("data.packing=true",),
             ["data.max_length: 1024", "lora.embeddings: false", "lora.r: 32", "vltrain qlora"],
+        ),
+        (
+            "lora",
+            ("memory=auto", "lora.embeddings=false", "data.too_long=drop"),
+            ["memory: lean", "lora.r: 32", "vltrain qlora"],
         ),
         (
             "full",

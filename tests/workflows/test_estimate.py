@@ -74,7 +74,7 @@ def test_neither_weights_nor_data_are_needed(bare: Path, capsys):
     for part in ("weights: decoder layers", "weights: adapter", "optimizer", "gradients"):
         assert part in out
     assert "with 1 x 8,192 tokens (8,168 learned) and 4 pictures" in out
-    assert "the GPU has 8.0: a batch of up to" in out.replace("\n", " ")
+    assert "the GPU has 8.0: it fits" in out.replace("\n", " ")
     assert "time: it is measured, on a GPU, and there is none here" in out
 
 

@@ -1,7 +1,5 @@
 """What a recipe leaves to the machine: the fast way where it is known to work."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from runs import recipe_of
@@ -70,6 +68,7 @@ def test_elsewhere_a_run_is_as_plain_as_can_be():
         "trainer.gradient_checkpointing=false",
         "trainer.gradient_checkpointing_kwargs={use_reentrant: false}",
         "trainer.torch_compile=true",
+        "trainer.torch_compile_mode=default",
     ],
 )
 def test_a_recipe_that_says_how_layers_are_recomputed_is_taken_at_its_word(setting):
@@ -84,7 +83,20 @@ def test_each_way_has_a_switch():
     assert ways_of(on_gpu("data.packing=true")) == (True, "auto", True, None)
 
 
-def test_dora_is_not_compiled_by_itself():
+@pytest.mark.parametrize("size", ["0", "-2", "2.5", "null", "'4'"])
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_steps_of_no_size_are_refused_by_the_name_that_was_written(key, size):
+    with pytest.raises(VltrainError, match=f"`trainer.{key}` is"):
+        on_gpu(f"trainer.{key}={size}")
+
+
+def test_what_is_to_run_on_the_cpu_is_plain_beside_a_gpu_too():
+    assert ways_of(on_gpu("trainer.use_cpu=true")) == PLAIN
+
+
+def test_dora_is_not_compiled_by_itself(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    assert on_gpu(f"lora.continue_from={tmp_path}").compile is False
     assert on_gpu("lora.dora=true").compile is False
     assert on_gpu("lora.dora=true", "compile=true").compile is True
 
@@ -95,6 +107,7 @@ def test_dora_is_not_compiled_by_itself():
         ("trainer.train_sampling_strategy=group_by_length",),
         ("trainer.dataloader_drop_last=true",),
         ("trainer.auto_find_batch_size=true",),
+        ("trainer.neftune_noise_alpha=5.0",),
         ("data.streaming=true", "trainer.max_steps=9"),
     ],
     ids=str,
@@ -169,6 +182,6 @@ def test_without_data_they_hold_what_a_sample_may_have():
 
 
 def test_rows_that_no_step_fills_are_left_as_they_are():
-    packed = replace(on_gpu("data.packing=true"))
+    packed = on_gpu("data.packing=true")
 
     assert list(shorter_rows(packed, None)) == [(packed, None)]

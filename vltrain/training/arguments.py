@@ -52,11 +52,7 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
         VltrainError: a key or a value that `TrainingArguments` does not take, or a file of
             DeepSpeed's that contradicts it.
     """
-    known = [f.name for f in fields(TrainingArguments) if f.init]
-    for key in recipe.trainer:
-        if key not in known:
-            raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
-    _refuse_wrong_types(recipe.trainer)
+    refuse_wrong_section(recipe.trainer)
     _refuse_fp16_without_gpu(recipe.dtype)
     for switch in ENGINE_SWITCHES:
         os.environ.pop(switch, None)
@@ -73,7 +69,7 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
     if recipe.arranges_layers:
         implied["ddp_find_unused_parameters"] = False
     trainer = recipe.trainer | ({"gradient_checkpointing": False} if recipe.arranges_layers else {})
-    settings = implied | _current_names(trainer, known) | engine_settings(engine)
+    settings = implied | _current_names(trainer, trainer_keys()) | engine_settings(engine)
     try:
         arguments = TrainingArguments(
             output_dir=str(recipe.output), remove_unused_columns=False, **settings
@@ -128,12 +124,22 @@ def loading_workers(trainer: Mapping[str, Any]) -> int:
     return int(trainer.get("dataloader_num_workers", implied))
 
 
-def _refuse_wrong_types(settings: dict[str, Any]) -> None:
-    """Raise VltrainError for values that are not of their key's type, or count nothing.
+def trainer_keys() -> list[str]:
+    """The names of all settings of `TrainingArguments`."""
+    return [f.name for f in fields(TrainingArguments) if f.init]
+
+
+def refuse_wrong_section(settings: dict[str, Any]) -> None:
+    """Raise VltrainError for keys of the `trainer:` section that nothing knows, and for values that
+    are not of their key's type, or count nothing.
 
     `TrainingArguments` takes a learning rate of "1e-4", a text, and fails after the model is
     loaded.
     """
+    known = trainer_keys()
+    for key in settings:
+        if key not in known:
+            raise unknown_key("the recipe", f"trainer.{key}", [f"trainer.{k}" for k in known])
     hints = get_type_hints(TrainingArguments) | dict.fromkeys(COUNTS, Annotated[int, Ge(1)])
     problems = []
     for key, value in settings.items():

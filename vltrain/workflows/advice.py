@@ -63,9 +63,10 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     batch = trainer["per_device_train_batch_size"]
     steps = trainer["gradient_accumulation_steps"]
     bare = recipe.memory is None and not trainer["gradient_checkpointing"]
-    recomputed = run is not None and run.work.compute.recomputes_layers
-    part = isinstance(recipe.memory, float) and not recomputed
-    if bare or recipe.memory == "fast" or part:
+    compute = None if run is None else run.work.compute
+    all_of_it = compute is not None and compute == compute.all_recomputed()
+    open_ = recipe.memory in ("fast", "auto") or isinstance(recipe.memory, float)
+    if bare or (open_ and not all_of_it):
         key = "trainer.gradient_checkpointing: true" if bare else "memory: lean"
         yield Advice(f"{key}; the losses stay, a step takes longer", _recomputing)
     if batch > 1:

@@ -184,6 +184,7 @@ def memory_of(
             replace(work, features=features),
             engine,
             held=counted.held,
+            whole_steps=recipe.batch.samples is not None,
         )
         if gpu_bytes and recipe.memory == "auto":
             run = fit_layers(run, room)

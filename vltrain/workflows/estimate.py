@@ -110,7 +110,8 @@ def estimate_run(
     refuse_unfit_fp8(recipe, base, here=memory_gib is None)
     gpu_bytes = gpu_memory() if memory_gib is None else round(memory_gib * GIB)
     engine = engine_of(recipe, base, gpus, gpu_bytes)
-    recipe = settled(recipe, engine, processes=gpus, on_gpu=True)
+    on_gpu = None if torch.cuda.is_available() else True  # else the run is for another machine
+    recipe = settled(recipe, engine, processes=gpus, on_gpu=on_gpu)
     arguments = training_arguments(recipe)
     known = recipe.data.files != (NOT_GIVEN,)
     halves, run = run_memory(
@@ -326,7 +327,9 @@ def as_object(
         "host_bytes": memory.off_gpu,
         "gpu_bytes": gpu_bytes,
         "fits": None if gpu_bytes is None else memory.needed <= gpu_bytes,
-        "largest_batch": None if gpu_bytes is None else run.largest_batch(gpu_bytes),
+        "largest_batch": None
+        if gpu_bytes is None or run.whole_steps
+        else run.largest_batch(gpu_bytes),
         "seconds_per_step": None if epoch is None else epoch.seconds_per_step,
         "steps_per_epoch": None if epoch is None else epoch.steps,
         "seconds_per_epoch": None if epoch is None else epoch.seconds,

@@ -1,6 +1,6 @@
 """What a run will take of a GPU's memory, shown before it starts; what cannot fit is refused."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe
+from vltrain.data.packing import Row
 from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
 from vltrain.errors import VltrainError
@@ -65,6 +66,7 @@ class RunMemory:
     engine: Engine = NO_ENGINE
     decisions: tuple[str, ...] = ()  # what the recipe leaves open and the run decides, in words
     held: HeldWeights | None = None  # how a full run holds what learns
+    whole_steps: bool = False  # the batches are rows that a step's samples fill
 
     @property
     def estimate(self) -> Estimate:
@@ -215,7 +217,7 @@ def largest_batch_of(
         return padded_batch(samples.lengths, samples.learned_tokens, samples.image_counts, count)
     if isinstance(rows, StepRows):
         order = step_order(rows, arguments.seed, halves.mix)
-        packed = [row for share in order for row in share]
+        packed: Iterable[Row] = (row for share in order for row in share)
         row_tokens = most_of_a_row(samples.lengths, rows)
     else:
         packed, row_tokens = rows.rows(seed=arguments.seed, epoch=0), rows.row_tokens
@@ -252,7 +254,7 @@ def padded_batch(
 
 
 def packed_batch(
-    packed: Sequence[Sequence[int]],
+    packed: Iterable[Row],
     learned: Sequence[int],
     pictures: Sequence[int],
     *,
@@ -267,12 +269,11 @@ def packed_batch(
         row_tokens: of a full row.
         rows: that a process takes at a time.
     """
-    return BatchSizes(
-        rows=rows,
-        row_tokens=row_tokens,
-        learned_tokens=rows * max(sum(int(learned[n]) for n in row) for row in packed),
-        pictures=rows * max(sum(int(pictures[n]) for n in row) for row in packed),
-    )
+    most_learned = most_pictures = 0
+    for row in packed:
+        most_learned = max(most_learned, sum(int(learned[n]) for n in row))
+        most_pictures = max(most_pictures, sum(int(pictures[n]) for n in row))
+    return BatchSizes(rows, row_tokens, rows * most_learned, rows * most_pictures)
 
 
 def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -> BatchSizes:
@@ -385,4 +386,6 @@ def _verdict(run: RunMemory, gpu_bytes: int) -> str:
         return f"{needs}: it does not fit"
     if memory.comfortable > gpu_bytes:
         return f"{needs}: it may just fit"
+    if run.whole_steps:
+        return f"{needs}: it fits"
     return f"{needs}: a batch of up to {run.largest_batch(gpu_bytes)} fits"

@@ -12,10 +12,11 @@ import torch
 
 from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
+from vltrain.models.adapted import saved_shape
 from vltrain.models.layer_runs import can_compile
 from vltrain.models.loss import gpus_have_kernels
 from vltrain.trainer_config import WHOLE_STEPS
-from vltrain.training.arguments import run_dtype
+from vltrain.training.arguments import refuse_wrong_section, run_dtype
 from vltrain.training.engines import Engine
 from vltrain.workflows.prepare import has_compiler
 from vltrain.workflows.run_data import Halves, wide_row
@@ -33,18 +34,30 @@ def settled(
         processes: of the run.
         on_gpu: whether it is on a GPU; None: where this machine has one, and compiling is then
             tried out.
+
+    Raises:
+        VltrainError: the `trainer:` section has what `TrainingArguments` does not take.
     """
+    refuse_wrong_section(recipe.trainer)
     there = torch.cuda.is_available() if on_gpu is None else on_gpu
+    there = there and not recipe.trainer.get("use_cpu", False)
     alone = there and engine.name == "none"
     compiled = recipe.compile
     if compiled == "auto":
-        known = alone and recipe.method != "qlora" and not recipe.lora.dora and has_compiler()
+        known = alone and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
         compiled = known and (on_gpu is not None or can_compile())
     memory = recipe.memory if alone or recipe.memory != "auto" else None
-    return _packed(replace(recipe, compile=compiled, memory=memory), processes, alone, there)
+    settled_layers = replace(recipe, compile=compiled, memory=memory)
+    return _with_rows(settled_layers, processes, alone=alone, on_gpu=there)
 
 
-def _packed(recipe: Recipe, processes: int, alone: bool, on_gpu: bool) -> Recipe:
+def _is_dora(recipe: Recipe) -> bool:
+    """Whether the adapter is of DoRA, whose layers nobody has measured compiled."""
+    continued = recipe.lora.continue_from
+    return recipe.lora.dora if continued is None else bool(saved_shape(continued).use_dora)
+
+
+def _with_rows(recipe: Recipe, processes: int, *, alone: bool, on_gpu: bool) -> Recipe:
     """The recipe with its samples packed, or not, and the length of rows decided."""
     data, batch, trainer = recipe.data, recipe.batch, recipe.trainer
     if data.packing == "auto":

@@ -60,6 +60,7 @@ from vltrain.workflows.guard import (
     refuse_no_space,
     samples_per_step,
 )
+from vltrain.workflows.loading_room import fit_workers
 from vltrain.workflows.memory import (
     RunMemory,
     gpu_memory,
@@ -113,10 +114,14 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     recipe = settled(in_steps, engine, processes=process_count())
     arguments = training_arguments(recipe, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
+    # Of several processes each would find another length, and go through other numbers of rows.
+    rows_open = leaves_rows_open(asked) and engine.name == "none"
     halves, memory = check_memory(
-        console, recipe, base, halves, arguments, engine, rows_open=leaves_rows_open(asked)
+        console, recipe, base, halves, arguments, engine, rows_open=rows_open
     )
     layers = layers_of(recipe, engine, memory)
+    if fewer := fit_workers(arguments, halves):
+        console.print(fewer, soft_wrap=True)
     fingerprint = data_fingerprint(recipe.data, halves.train, run.read_data_fingerprint())
     refuse_changed_data(run, fingerprint)
     with arguments.main_process_first():

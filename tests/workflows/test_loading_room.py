@@ -1,0 +1,76 @@
+"""Shared memory for the batches of processes that open pictures."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from runs import quick, run
+from tiny import write_conversations, write_qwen_vl
+from transformers import TrainingArguments
+
+from vltrain.training.arguments import training_arguments
+from vltrain.training.engines import NO_ENGINE
+from vltrain.workflows import loading_room
+from vltrain.workflows.base import read_base, read_halves
+from vltrain.workflows.loading_room import fit_workers, sample_bytes
+from vltrain.workflows.run_data import Halves
+from vltrain.workflows.settle import settled
+
+WORKERS = 4
+PIXELS = 2 * 3 * 56 * 56 * 4  # of the record with two pictures
+BATCH = 2 * PIXELS  # two samples make a step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen_vl(tmp_path_factory.mktemp("room") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data"))
+
+
+def prepared(base: Path, data: Path, *settings: str) -> tuple[TrainingArguments, Halves]:
+    workers = f"trainer.dataloader_num_workers={WORKERS}"
+    recipe = settled(quick(base, data, Path("out"), workers, *settings), NO_ENGINE)
+    arguments = training_arguments(recipe)
+    return arguments, read_halves(Console(quiet=True), recipe, read_base(recipe.model), arguments)
+
+
+@pytest.mark.parametrize(
+    ("batches", "workers", "ahead"),
+    [(8, WORKERS, None), (7.9, WORKERS, 1), (4, WORKERS, 1), (3.9, 3, 1), (0.9, 0, None)],
+)
+def test_as_many_processes_open_pictures_as_there_is_room_for_their_batches(
+    base, data, monkeypatch, batches, workers, ahead
+):
+    arguments, halves = prepared(base, data, "data.row_tokens=4096")
+    assert sample_bytes(halves) == PIXELS
+    room = int(batches * BATCH / loading_room.USED_SHARE) + 1
+    monkeypatch.setattr(loading_room, "free_bytes", lambda: room)
+
+    said = fit_workers(arguments, halves)
+
+    assert (said is None) is (ahead is None and workers == WORKERS)
+    assert arguments.dataloader_num_workers == workers
+    assert arguments.dataloader_prefetch_factor == ahead
+
+
+@pytest.mark.parametrize("settings", [("data.packing=false",), ("data.packing=true",)])
+def test_batches_of_samples_are_left_as_they_are(base, data, monkeypatch, settings):
+    arguments, halves = prepared(base, data, *settings)
+    monkeypatch.setattr(loading_room, "free_bytes", lambda: 0)
+
+    assert fit_workers(arguments, halves) is None
+    assert arguments.dataloader_num_workers == WORKERS
+
+
+def test_a_run_says_that_it_opens_pictures_in_fewer_processes(base, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(loading_room, "free_bytes", lambda: 0)
+    workers = "trainer.dataloader_num_workers=1"
+
+    shown = run(quick(base, data, tmp_path / "run", workers, "data.row_tokens=4096"))
+
+    assert "0 of 1 processes open pictures" in shown
+    assert "--shm-size" in shown
