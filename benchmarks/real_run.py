@@ -34,7 +34,10 @@ def write_base(folder: Path, *, toy: bool) -> Path:
         config |= {"vocab_size": 151_936}
         config["visual"] = config["visual"] | WIDE_VISION | {"layers": 48}
     with torch.device("cpu" if toy else "cuda"):
-        return tiny.write_qwen_vl(folder / "base", config=config)
+        base = tiny.write_qwen_vl(folder / "base", config=config)
+    if not toy:
+        torch.cuda.empty_cache()  # or the run would find less of the GPU
+    return base
 
 
 def write_data(folder: Path, base: Path, tokens: int, count: int) -> Path:

@@ -144,7 +144,8 @@ def test_a_new_run_steps_as_its_recipe_says(tmp_path):
 
 
 def test_a_gpu_without_memory_is_an_error_with_what_to_change(tmp_path: Path):
-    recipe = recipe_of(tmp_path / "run", "trainer.per_device_train_batch_size=4")
+    settings = ("trainer.per_device_train_batch_size=4", "memory=null")
+    recipe = recipe_of(tmp_path / "run", *settings)
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
 
     with pytest.raises(GpuMemoryError) as error, advised(recipe, None):

@@ -10,10 +10,17 @@ from vltrain.errors import VltrainError
 from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.workflows import settle
 from vltrain.workflows.run_data import Halves
-from vltrain.workflows.settle import leaves_rows_open, settled, shorter_rows
+from vltrain.workflows.settle import (
+    in_rows_of_at_most,
+    leaves_rows_open,
+    settled,
+    shorter_rows,
+)
 
-DDP = Engine("ddp", "asked for")
-ZERO3 = Engine("deepspeed", "asked for", {"zero_optimization": {"stage": 3}})
+DDP, FSDP2 = (Engine(name, "asked for") for name in ("ddp", "fsdp2"))
+ZERO2, ZERO3 = (
+    Engine("deepspeed", "asked for", {"zero_optimization": {"stage": stage}}) for stage in (2, 3)
+)
 IN_BF16 = "dtype=bf16"
 
 
@@ -52,11 +59,19 @@ def test_a_step_has_the_samples_that_the_recipe_says():
     assert recipe.trainer["per_device_eval_batch_size"] == 4
 
 
+def test_on_several_gpus_too_where_each_holds_the_model():
+    recipe = recipe_of(IN_BF16)
+
+    for engine in (DDP, ZERO2):
+        there = settled(recipe, engine, processes=2, on_gpu=True)
+        assert ways_of(there) == (True, "auto", True, 16)
+
+
 def test_elsewhere_a_run_is_as_plain_as_can_be():
     recipe = recipe_of(IN_BF16)
 
     assert ways_of(settled(recipe, NO_ENGINE, on_gpu=False)) == PLAIN
-    for engine in (DDP, ZERO3):
+    for engine in (FSDP2, ZERO3):
         assert ways_of(settled(recipe, engine, processes=2, on_gpu=True)) == PLAIN
     assert recipe.trainer["gradient_checkpointing"] is True
 
@@ -173,6 +188,15 @@ def test_rows_get_shorter_down_to_the_longest_sample():
     assert steps == {1}
     order = range(4)
     assert [len(next(halves.rows.shares(order))) for _, halves in ways] == [1, 1, 1, 2, 3]
+
+
+def test_rows_are_no_longer_than_those_of_another_process():
+    halves = Halves(Lengths(), None, rows=StepRows(Lengths(), step_samples=4, row_tokens=8192))
+
+    assert in_rows_of_at_most(halves, lambda own: min(own, 1024)).rows.row_tokens == 1024
+    assert in_rows_of_at_most(halves, lambda own: own) is halves
+    plain = Halves(Lengths(), None)
+    assert in_rows_of_at_most(plain, lambda own: 1) is plain
 
 
 def test_without_data_they_hold_what_a_sample_may_have():

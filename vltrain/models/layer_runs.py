@@ -107,13 +107,13 @@ class _Forward:
 
 
 @cache
-def can_compile() -> bool:
-    """Whether something small can be compiled for this machine's GPU, both ways; tried once.
+def can_compile(device: torch.device) -> bool:
+    """Whether something small can be compiled for a GPU of this machine, both ways; tried once.
 
     Compilers may be there and lack what they need: the headers of Python, a driver that they know.
     """
-    numbers = torch.ones(8, device="cuda", requires_grad=True)
     try:
+        numbers = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: x.sin() * 2, dynamic=True)(numbers).sum().backward()
     except torch.OutOfMemoryError:
         raise

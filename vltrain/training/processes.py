@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import TCPStore
 
 FAILURE_KEY = "vltrain/failed"  # in the store that torchrun keeps for the processes of a run
@@ -74,6 +75,18 @@ def wait_for_all() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
+
+
+def least_of_all(number: int, device: "torch.device") -> int:
+    """The least of a number that each process has found; every one of them asks."""
+    import torch
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return number
+    least = torch.tensor(number, device=device)
+    distributed.all_reduce(least, distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def leave_group() -> None:

@@ -4,7 +4,7 @@ A step learns from the same samples either way. `compile: auto`, `memory: auto` 
 `data.packing: auto` stand for it, and are what a recipe has that says nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
 
@@ -18,6 +18,7 @@ from vltrain.models.loss import gpus_have_kernels
 from vltrain.trainer_config import WHOLE_STEPS
 from vltrain.training.arguments import refuse_wrong_section, run_dtype
 from vltrain.training.engines import Engine
+from vltrain.training.processes import local_share
 from vltrain.workflows.prepare import has_compiler
 from vltrain.workflows.run_data import Halves, wide_row
 
@@ -41,14 +42,20 @@ def settled(
     refuse_wrong_section(recipe.trainer)
     there = torch.cuda.is_available() if on_gpu is None else on_gpu
     there = there and not recipe.trainer.get("use_cpu", False)
-    alone = there and engine.name == "none"
+    whole = there and not engine.shards_weights  # each GPU holds the model
     compiled = recipe.compile
     if compiled == "auto":
-        known = alone and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
-        compiled = known and (on_gpu is not None or can_compile())
-    memory = recipe.memory if alone or recipe.memory != "auto" else None
+        known = whole and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
+        compiled = known and (on_gpu is not None or can_compile(own_gpu()))
+    memory = recipe.memory if whole or recipe.memory != "auto" else None
     settled_layers = replace(recipe, compile=compiled, memory=memory)
-    return _with_rows(settled_layers, processes, alone=alone, on_gpu=there)
+    return _with_rows(settled_layers, processes, whole=whole, on_gpu=there)
+
+
+def own_gpu() -> torch.device:
+    """The GPU of this process, which may not have been chosen for all of torch yet."""
+    process, _ = local_share()
+    return torch.device("cuda", process % torch.cuda.device_count())
 
 
 def _is_dora(recipe: Recipe) -> bool:
@@ -57,11 +64,11 @@ def _is_dora(recipe: Recipe) -> bool:
     return recipe.lora.dora if continued is None else bool(saved_shape(continued).use_dora)
 
 
-def _with_rows(recipe: Recipe, processes: int, *, alone: bool, on_gpu: bool) -> Recipe:
+def _with_rows(recipe: Recipe, processes: int, *, whole: bool, on_gpu: bool) -> Recipe:
     """The recipe with its samples packed, or not, and the length of rows decided."""
     data, batch, trainer = recipe.data, recipe.batch, recipe.trainer
     if data.packing == "auto":
-        kernels = alone and gpus_have_kernels() and run_dtype(recipe) != "fp32"
+        kernels = whole and gpus_have_kernels() and run_dtype(recipe) != "fp32"
         packs = kernels or data.row_tokens != "auto"
         data = replace(data, packing=packs)
         if packs:
@@ -97,6 +104,14 @@ def shorter_rows(recipe: Recipe, halves: Halves | None) -> Iterator[tuple[Recipe
         tokens = max(tokens // 2, least)
         shorter = replace(recipe, data=replace(recipe.data, row_tokens=tokens))
         yield shorter, None if halves is None else _in_rows_of(halves, tokens)
+
+
+def in_rows_of_at_most(halves: Halves, limit: Callable[[int], int]) -> Halves:
+    """The data with the samples of a step in rows of the length that `limit` makes of theirs."""
+    if not isinstance(halves.rows, StepRows):
+        return halves
+    tokens = limit(halves.rows.row_tokens)
+    return halves if tokens == halves.rows.row_tokens else _in_rows_of(halves, tokens)
 
 
 def _in_rows_of(halves: Halves, tokens: int) -> Halves:

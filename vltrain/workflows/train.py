@@ -35,7 +35,7 @@ from vltrain.training.learning_rates import rate_of
 from vltrain.training.master_adamw import master_optimizer
 from vltrain.training.memory import GIB
 from vltrain.training.plot import plot_loss
-from vltrain.training.processes import is_first, process_count, wait_for_all
+from vltrain.training.processes import is_first, least_of_all, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
@@ -78,7 +78,7 @@ from vltrain.workflows.prepare import (
 )
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, plan_of
-from vltrain.workflows.settle import leaves_rows_open, settled
+from vltrain.workflows.settle import in_rows_of_at_most, leaves_rows_open, settled
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -114,8 +114,7 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     recipe = settled(in_steps, engine, processes=process_count())
     arguments = training_arguments(recipe, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
-    # Of several processes each would find another length, and go through other numbers of rows.
-    rows_open = leaves_rows_open(asked) and engine.name == "none"
+    rows_open = leaves_rows_open(asked) and not engine.shards_weights
     halves, memory = check_memory(
         console, recipe, base, halves, arguments, engine, rows_open=rows_open
     )
@@ -234,9 +233,12 @@ def check_memory(
         gpu_bytes=gpu_bytes,
         taken=taken,
     )
+    if rows_open:  # of another length in another process they would be another number
+        halves = in_rows_of_at_most(halves, lambda own: least_of_all(own, arguments.device))
     show_memory(console, run, gpu_bytes)
     if taken:
-        console.print(f"other programs hold {taken / GIB:.1f} GiB of the GPU")
+        left = (gpu_bytes - taken) / GIB
+        console.print(f"other programs hold {taken / GIB:.1f} GiB of the GPU, {left:.1f} are left")
     for line in run.decisions:
         console.print(line, soft_wrap=True)
     if recipe.memory_check:
