@@ -113,8 +113,9 @@ def can_compile(device: torch.device) -> bool:
     Compilers may be there and lack what they need: the headers of Python, a driver that they know.
     """
     try:
-        numbers = torch.ones(8, device=device, requires_grad=True)
-        torch.compile(lambda x: x.sin() * 2, dynamic=True)(numbers).sum().backward()
+        with torch.cuda.device(device):
+            numbers = torch.ones(8, device=device, requires_grad=True)
+            torch.compile(lambda x: x.sin() * 2, dynamic=True)(numbers).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as why:
