@@ -12,13 +12,13 @@ from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE
 from vltrain.workflows import loading_room
 from vltrain.workflows.base import read_base, read_halves
-from vltrain.workflows.loading_room import fit_workers, sample_bytes
+from vltrain.workflows.loading_room import batch_bytes, fit_workers
 from vltrain.workflows.run_data import Halves
 from vltrain.workflows.settle import settled
 
 WORKERS = 4
-PIXELS = 2 * 3 * 56 * 56 * 4  # of the record with two pictures
-BATCH = 2 * PIXELS  # two samples make a step
+PICTURE = 3 * 56 * 56 * 4
+LARGEST = 3 * PICTURE  # two samples make a step, and one has two pictures
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,15 @@ def prepared(base: Path, data: Path, *settings: str) -> tuple[TrainingArguments,
 
 @pytest.mark.parametrize(
     ("batches", "workers", "ahead"),
-    [(8, WORKERS, None), (7.9, WORKERS, 1), (4, WORKERS, 1), (3.9, 3, 1), (0.9, 0, None)],
+    [(11, WORKERS, None), (10.9, WORKERS, 1), (7, WORKERS, 1), (6.9, 3, 1), (3.9, 0, None)],
 )
 def test_as_many_processes_open_pictures_as_there_is_room_for_their_batches(
     base, data, monkeypatch, batches, workers, ahead
 ):
     arguments, halves = prepared(base, data, "data.row_tokens=4096")
-    assert sample_bytes(halves) == PIXELS
-    room = int(batches * BATCH / loading_room.USED_SHARE) + 1
+    batch = batch_bytes(halves.train, halves.rows)
+    assert LARGEST < batch < 2 * LARGEST
+    room = int(batches * batch / loading_room.USED_SHARE) + 1
     monkeypatch.setattr(loading_room, "free_bytes", lambda: room)
 
     said = fit_workers(arguments, halves)

@@ -67,6 +67,21 @@ def test_on_several_gpus_too_where_each_holds_the_model():
         assert ways_of(there) == (True, "auto", True, 16)
 
 
+def test_a_file_of_deepspeeds_that_says_what_a_step_is_is_taken_at_its_word():
+    zero = {"zero_optimization": {"stage": 2}}
+    for key in ("gradient_accumulation_steps", "train_batch_size"):
+        engine = Engine("deepspeed", "asked for", {**zero, key: 8})
+        assert on_gpu(engine=engine).data.packing is False
+    auto = Engine("deepspeed", "asked for", {**zero, "train_batch_size": "auto"})
+    assert on_gpu(engine=auto).data.packing is True
+
+
+def test_rows_of_a_length_that_is_given_are_packed_under_neftune_too():
+    settings = ("trainer.neftune_noise_alpha=5.0", "data.row_tokens=4096")
+
+    assert on_gpu(*settings).data.packing is True
+
+
 def test_elsewhere_a_run_is_as_plain_as_can_be():
     recipe = recipe_of(IN_BF16)
 

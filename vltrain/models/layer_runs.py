@@ -6,7 +6,6 @@ and the layer is an argument of it. Lengths are symbols from the first call on, 
 other lengths compile nothing.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +19,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vltrain.models.dropout import draw_seeds, forget_seeds, hash_dropouts
 from vltrain.models.folded_lora import fold_adapters, set_scales
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,9 @@ class _Forward:
 
 
 @cache
-def can_compile(device: torch.device) -> bool:
-    """Whether something small can be compiled for a GPU of this machine, both ways; tried once.
+def compile_fault(device: torch.device) -> str | None:
+    """Why something small cannot be compiled for a GPU of this machine, both ways; None where it
+    can. It is tried once.
 
     Compilers may be there and lack what they need: the headers of Python, a driver that they know.
     """
@@ -117,12 +115,10 @@ def can_compile(device: torch.device) -> bool:
             numbers = torch.ones(8, device=device, requires_grad=True)
             torch.compile(lambda x: x.sin() * 2, dynamic=True)(numbers).sum().backward()
     except torch.OutOfMemoryError:
-        raise
+        return None  # which says nothing of compiling
     except Exception as why:
-        first = str(why).strip().partition("\n")[0]
-        logger.warning("layers are not compiled, for nothing can be on this machine: %s", first)
-        return False
-    return True
+        return str(why).strip().partition("\n")[0]
+    return None
 
 
 def _keep(share: float) -> None:

@@ -69,9 +69,16 @@ def read_base(model: str) -> Base:
 
 
 def read_halves(
-    console: Console, recipe: Recipe, base: Base, arguments: TrainingArguments
+    console: Console,
+    recipe: Recipe,
+    base: Base,
+    arguments: TrainingArguments,
+    processes: int | None = None,
 ) -> Halves:
     """What this process of a run learns from and is evaluated on, checked.
+
+    Args:
+        processes: of the run; None: of this one.
 
     Raises:
         VltrainError: all that is wrong with the files, or ids that the base does not know.
@@ -81,7 +88,11 @@ def read_halves(
         recipe.data,
         base.processor,
         seed=arguments.seed,
-        split=Split(arguments.train_batch_size, arguments.process_index, arguments.world_size),
+        split=Split(
+            arguments.train_batch_size,
+            arguments.process_index,
+            processes or arguments.world_size,
+        ),
         vocabulary_size=base.vocabulary_size,
         step_samples=recipe.batch.samples,
     )
@@ -180,7 +191,7 @@ def memory_of(
         run = RunMemory(
             counted.census,
             sizes,
-            batch_of(way, sizes, there, arguments, pictures=pictures),
+            batch_of(way, sizes, there, arguments, pictures=pictures, processes=processes),
             replace(work, features=features),
             engine,
             held=counted.held,
@@ -200,11 +211,12 @@ def batch_of(
     arguments: TrainingArguments,
     *,
     pictures: int,
+    processes: int,
 ) -> BatchSizes:
     """The largest batch that a process takes at a time, of its data or as the recipe allows it."""
     if halves is None:
         rows = arguments.per_device_train_batch_size
-        return assumed_batch(recipe, sizes, pictures, rows)
+        return assumed_batch(recipe, sizes, pictures, rows, processes)
     return largest_batch_of(recipe, sizes, halves, arguments)
 
 

@@ -119,7 +119,7 @@ def estimate_run(
         base,
         arguments,
         engine,
-        read_halves(console, recipe, base, arguments) if known else None,
+        read_halves(console, recipe, base, arguments, gpus) if known else None,
         pictures=pictures,
         rows_open=rows_open,
         gpus=gpus,

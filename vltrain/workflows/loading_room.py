@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -10,11 +11,15 @@ from vltrain.data.dataset import SampleDataset
 from vltrain.data.step_rows import StepRows
 from vltrain.training.memory import GIB
 from vltrain.training.processes import local_share
+from vltrain.workflows.memory import longest_share
 from vltrain.workflows.run_data import Halves
 
 SHARED = Path("/dev/shm")
 AHEAD = 2  # batches of each process that wait, as torch has it by itself
+IN_HAND = 3  # that the training process holds: the step's, the next one's, and one behind that
 USED_SHARE = 0.8  # of what is free there: other programs want some, too
+LARGER_FEATURES = 1.5  # what is kept of a picture for a resampler that learns, beside its pixels
+TOKEN_BYTES = 64  # of a batch beside its pictures: ids, labels and positions of 8 bytes, and more
 
 
 def free_bytes() -> int | None:
@@ -29,7 +34,8 @@ def fit_workers(arguments: TrainingArguments, halves: Halves) -> str | None:
     """Let no more processes open pictures than shared memory has room for their batches.
 
     Where the samples of a step are packed, what a process hands over is all of a step: in a
-    container, whose shared memory is often 64 MiB, some of these are too many.
+    container, whose shared memory is often 64 MiB, some of these are too many. A process that
+    finds none left would leave the run waiting.
 
     Args:
         arguments: of the run; changed where the room does not suffice.
@@ -42,26 +48,30 @@ def fit_workers(arguments: TrainingArguments, halves: Halves) -> str | None:
     if free is None or not asked or not isinstance(halves.rows, StepRows):
         return None
     _, processes_here = local_share()
-    share = -(-halves.rows.step_samples // halves.rows.processes)
-    batch = processes_here * share * sample_bytes(halves)
-    room, wanted = USED_SHARE * free, arguments.dataloader_prefetch_factor or AHEAD
-    need = asked * wanted * batch
+    batch = processes_here * batch_bytes(halves.train, halves.rows)
+    room, ahead = USED_SHARE * free, arguments.dataloader_prefetch_factor or AHEAD
+    need = (asked * ahead + IN_HAND) * batch
     if need <= room:
         return None
-    fitting = min(asked, int(room / batch))  # of which each is one batch ahead
+    fitting = max(0, min(asked, int(room / batch) - IN_HAND))  # of which each is one batch ahead
     arguments.dataloader_num_workers = fitting
     arguments.dataloader_prefetch_factor = 1 if fitting else None
     arguments.dataloader_persistent_workers &= fitting > 0
     return (
         f"{fitting} of {asked} processes open pictures, with one batch ahead in the place of "
-        f"{wanted}: {SHARED} has no room for more; {need / USED_SHARE / GIB:.2f} GiB of it would "
+        f"{ahead}: {SHARED} has no room for more; {need / USED_SHARE / GIB:.2f} GiB of it would "
         "do (of a container: --shm-size)"
     )
 
 
-def sample_bytes(halves: Halves) -> int:
-    """Bytes of the tensors of the sample with most pictures; at least one."""
-    samples = halves.train
-    assert isinstance(samples, SampleDataset), "packed samples are known"
-    sample = samples[int(samples.image_counts.argmax())]
-    return sum(v.nbytes for v in sample.values() if isinstance(v, Tensor)) or 1
+def batch_bytes(samples: SampleDataset, rows: StepRows) -> int:
+    """Bytes of what a process gets of a step, at most: the longest samples, and most pictures."""
+    share = -(-rows.step_samples // rows.processes)
+    counts = np.sort(samples.image_counts)[-share:]
+    most = int(samples.image_counts.argmax())
+    # Of each picture as much as of those of the sample that has most.
+    shown = samples[most] if counts[-1] else {}
+    pictures = sum(v.nbytes for v in shown.values() if isinstance(v, Tensor))
+    pictures *= int(counts.sum()) / max(1, int(counts[-1]))
+    tokens = longest_share(samples.lengths, rows)
+    return round(pictures * LARGER_FEATURES) + tokens * TOKEN_BYTES

@@ -114,21 +114,21 @@ def work_of(
         optimizer = Optimizer("adamw_8bit", residual=held == "residual")
     if recipe.method == "lora" and recipe.lora.weights == "bf16":
         optimizer = Optimizer("adamw_torch_fused", masters=True)
-    several = has_several_batches(recipe, arguments, halves)
+    several = has_several_batches(recipe, arguments, halves, processes)
     return Work(compute, optimizer, several, sharing_of(engine, processes))
 
 
 def has_several_batches(
-    recipe: Recipe, arguments: TrainingArguments, halves: Halves | None
+    recipe: Recipe, arguments: TrainingArguments, halves: Halves | None, processes: int
 ) -> bool:
     """Whether gradients are there from earlier batches of a step, as far as is known."""
     samples, data = recipe.batch.samples, recipe.data
     if samples is None:
         return arguments.gradient_accumulation_steps > 1
     if halves is not None and isinstance(halves.rows, StepRows):
-        return longest_step(halves.train.lengths, halves.rows) > halves.rows.row_tokens
-    budget = Packer(data, samples, processes=1, seed=0).row_tokens
-    return samples * data.max_length > budget
+        return longest_share(halves.train.lengths, halves.rows) > halves.rows.row_tokens
+    budget = Packer(data, samples, processes, seed=0).row_tokens
+    return -(-samples // processes) * data.max_length > budget
 
 
 def fit_layers(run: RunMemory, gpu_bytes: int) -> RunMemory:
@@ -212,7 +212,7 @@ def largest_batch_of(
     samples, rows = halves.train, halves.rows
     count = arguments.per_device_train_batch_size
     if isinstance(samples, SampleStream):
-        return assumed_batch(recipe, sizes, pictures=1, rows=count)
+        return assumed_batch(recipe, sizes, pictures=1, rows=count, processes=1)
     if rows is None:
         return padded_batch(samples.lengths, samples.learned_tokens, samples.image_counts, count)
     if isinstance(rows, StepRows):
@@ -228,12 +228,18 @@ def largest_batch_of(
 
 def most_of_a_row(lengths: Sequence[int], rows: StepRows) -> int:
     """Tokens that a row of a step may hold: the budget, or the longest samples of a step."""
-    return min(rows.row_tokens, longest_step(lengths, rows))
+    return min(rows.row_tokens, longest_share(lengths, rows))
 
 
-def longest_step(lengths: Sequence[int], rows: StepRows) -> int:
-    """Tokens of a step that has the longest samples."""
-    return int(np.sort(np.asarray(lengths))[-rows.step_samples :].sum())
+def longest_share(lengths: Sequence[int], rows: StepRows) -> int:
+    """Tokens that a process may have of a step, of the one that has the longest samples.
+
+    Of several, the one with most has at most its even share and the longest sample but one
+    process's part of it (Graham, Bounds on Multiprocessing Timing Anomalies, 1969).
+    """
+    longest = np.sort(np.asarray(lengths))[-rows.step_samples :].astype(np.int64)
+    even = -(-int(longest.sum()) // rows.processes)
+    return even + int(longest[-1]) * (rows.processes - 1) // rows.processes
 
 
 def padded_batch(
@@ -276,7 +282,9 @@ def packed_batch(
     return BatchSizes(rows, row_tokens, rows * most_learned, rows * most_pictures)
 
 
-def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -> BatchSizes:
+def assumed_batch(
+    recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int, processes: int
+) -> BatchSizes:
     """A batch as a recipe allows it, where no data is known: rows are full, all text is learned.
 
     Raises:
@@ -293,8 +301,8 @@ def assumed_batch(recipe: Recipe, sizes: ModelSizes, pictures: int, rows: int) -
         )
     row_tokens, together = room, 1
     if recipe.batch.samples is not None:
-        budget = Packer(recipe.data, recipe.batch.samples, processes=1, seed=0).row_tokens
-        together = min(recipe.batch.samples, budget // room)
+        budget = Packer(recipe.data, recipe.batch.samples, processes, seed=0).row_tokens
+        together = min(-(-recipe.batch.samples // processes), budget // room)
         row_tokens = together * room
     elif recipe.data.packs and recipe.data.row_tokens != "auto":
         row_tokens = recipe.data.row_tokens

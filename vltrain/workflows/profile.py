@@ -67,6 +67,7 @@ class Subject:
     work: ModelWork
     picture: Callable[[], dict[str, Any]]  # what a sample has of its picture
     skipped: tuple[str, ...]  # of the model's parts: what they make of pictures is kept
+    taken: int = 0  # bytes of the GPU that other programs held before the model was there
 
 
 def profile_steps(
@@ -113,7 +114,9 @@ def profile_steps(
         )
         for heading in headings(setting):
             console.print(heading, soft_wrap=True, highlight=False)
-        subject = replace(_subject(recipe, base, folder, random=random), recipe=asked)
+        taken = held_by_others()
+        subject = _subject(recipe, base, folder, random=random)
+        subject = replace(subject, recipe=asked, taken=taken)
         rows: list[Row] = []
         for span in spans:
             rows.append(_measured(subject, setting.rate, span, steps, folder))
@@ -344,7 +347,7 @@ def _train(subject: Subject, rate: float, span: Span, steps: int, folder: Path) 
             halves,
             rows_open=leaves_rows_open(asked),
             gpu_bytes=gpu_bytes,
-            taken=held_by_others(),
+            taken=subject.taken,
         )
     held = hold_weights(model, recipe, gpu_memory())
     measured = measure(

@@ -4,6 +4,7 @@ A step learns from the same samples either way. `compile: auto`, `memory: auto` 
 `data.packing: auto` stand for it, and are what a recipe has that says nothing.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
@@ -13,14 +14,19 @@ import torch
 from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.models.adapted import saved_shape
-from vltrain.models.layer_runs import can_compile
+from vltrain.models.layer_runs import compile_fault
 from vltrain.models.loss import gpus_have_kernels
 from vltrain.trainer_config import WHOLE_STEPS
 from vltrain.training.arguments import refuse_wrong_section, run_dtype
 from vltrain.training.engines import Engine
-from vltrain.training.processes import local_share
+from vltrain.training.processes import is_first, local_share
 from vltrain.workflows.prepare import has_compiler
 from vltrain.workflows.run_data import Halves, wide_row
+
+logger = logging.getLogger(__name__)
+
+STEP_SIZES = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
+"""Keys of DeepSpeed's file that say what a step is."""
 
 
 def settled(
@@ -46,16 +52,21 @@ def settled(
     compiled = recipe.compile
     if compiled == "auto":
         known = whole and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
-        compiled = known and (on_gpu is not None or can_compile(own_gpu()))
+        compiled = known and (on_gpu is not None or _compiles_here())
     memory = recipe.memory if whole or recipe.memory != "auto" else None
     settled_layers = replace(recipe, compile=compiled, memory=memory)
-    return _with_rows(settled_layers, processes, whole=whole, on_gpu=there)
+    # A file of DeepSpeed's that says what a step is would contradict one that is packed.
+    said = any(isinstance((engine.config or {}).get(key), int) for key in STEP_SIZES)
+    return _with_rows(settled_layers, processes, packs=whole and not said, on_gpu=there)
 
 
-def own_gpu() -> torch.device:
-    """The GPU of this process, which may not have been chosen for all of torch yet."""
+def _compiles_here() -> bool:
+    """Whether anything can be compiled for the GPU that this process will have; else it says so."""
     process, _ = local_share()
-    return torch.device("cuda", process % torch.cuda.device_count())
+    fault = compile_fault(torch.device("cuda", process % torch.cuda.device_count()))
+    if fault is not None and is_first():
+        logger.warning("layers are not compiled, for nothing can be on this machine: %s", fault)
+    return fault is None
 
 
 def _is_dora(recipe: Recipe) -> bool:
@@ -64,12 +75,12 @@ def _is_dora(recipe: Recipe) -> bool:
     return recipe.lora.dora if continued is None else bool(saved_shape(continued).use_dora)
 
 
-def _with_rows(recipe: Recipe, processes: int, *, whole: bool, on_gpu: bool) -> Recipe:
+def _with_rows(recipe: Recipe, processes: int, *, packs: bool, on_gpu: bool) -> Recipe:
     """The recipe with its samples packed, or not, and the length of rows decided."""
     data, batch, trainer = recipe.data, recipe.batch, recipe.trainer
     if data.packing == "auto":
-        kernels = whole and gpus_have_kernels() and run_dtype(recipe) != "fp32"
-        packs = kernels or data.row_tokens != "auto"
+        kernels = gpus_have_kernels() and run_dtype(recipe) != "fp32"
+        packs = (packs and kernels) or data.row_tokens != "auto"
         data = replace(data, packing=packs)
         if packs:
             of_a_process = prod(trainer[key] for key in WHOLE_STEPS)

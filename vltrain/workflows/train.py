@@ -114,9 +114,8 @@ def _train(recipe: Recipe, run: RunDir, signals: StopSignals, console: Console) 
     recipe = settled(in_steps, engine, processes=process_count())
     arguments = training_arguments(recipe, engine)  # before any model is loaded
     halves = read_halves(console, recipe, base, arguments)
-    rows_open = leaves_rows_open(asked) and not engine.shards_weights
     halves, memory = check_memory(
-        console, recipe, base, halves, arguments, engine, rows_open=rows_open
+        console, recipe, base, halves, arguments, engine, rows_open=leaves_rows_open(asked)
     )
     layers = layers_of(recipe, engine, memory)
     if fewer := fit_workers(arguments, halves):
@@ -237,8 +236,12 @@ def check_memory(
         halves = in_rows_of_at_most(halves, lambda own: least_of_all(own, arguments.device))
     show_memory(console, run, gpu_bytes)
     if taken:
-        left = (gpu_bytes - taken) / GIB
-        console.print(f"other programs hold {taken / GIB:.1f} GiB of the GPU, {left:.1f} are left")
+        left = gpu_bytes - taken
+        verdict = ": too little" if run.estimate.needed > left else ""
+        console.print(
+            f"other programs hold {taken / GIB:.1f} GiB of the GPU, {left / GIB:.1f} are left"
+            f"{verdict}"
+        )
     for line in run.decisions:
         console.print(line, soft_wrap=True)
     if recipe.memory_check:
