@@ -30,6 +30,20 @@ def length(spans: Iterable[Span]) -> int:
     return sum(end - begin for begin, end in merged(spans))
 
 
+def kernels_of(events: Iterable[Any]) -> dict[str, list[Span]]:
+    """When each kind of kernel ran, by its name.
+
+    A trace also has the marks of the host's functions on the GPU, as DDP's `forward`, which span
+    what lies between kernels too: their names are those of the host's events.
+    """
+    on_host = {event.name() for event in events if event.device_type() != DeviceType.CUDA}
+    kernels: dict[str, list[Span]] = defaultdict(list)
+    for event in events:
+        if event.device_type() == DeviceType.CUDA and event.name() not in on_host:
+            kernels[event.name()].append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    return kernels
+
+
 def shares(kernels: dict[str, list[Span]], whole: int) -> dict[str, Any]:
     """How a step's time is made up.
 
@@ -76,13 +90,10 @@ class TracedStep(TrainerCallback):
             return
         torch.cuda.synchronize()
         self._trace.stop()
-        kernels: dict[str, list[Span]] = defaultdict(list)
-        begins, ends = [], []
-        for event in self._trace.profiler.kineto_results.events():
-            span = (event.start_ns(), event.start_ns() + event.duration_ns())
-            begins.append(span[0])
-            ends.append(span[1])
-            if event.device_type() == DeviceType.CUDA and event.duration_ns():
-                kernels[event.name()].append(span)
-        self.found = shares(kernels, max(ends) - min(begins))
+        events = self._trace.profiler.kineto_results.events()
+        self.found = shares(
+            kernels_of(events),
+            max(event.start_ns() + event.duration_ns() for event in events)
+            - min(event.start_ns() for event in events),
+        )
         self._trace = None
