@@ -37,8 +37,8 @@ from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE
 from vltrain.training.memory import GIB
 from vltrain.training.profiling import measure
-from vltrain.workflows.base import Base
-from vltrain.workflows.estimate import random_model, run_memory
+from vltrain.workflows.base import Base, memory_of
+from vltrain.workflows.estimate import random_model
 
 STEPS, ACCUMULATION = 3, 2
 FULL_LAYERS = 8
@@ -104,7 +104,7 @@ def run_cell(cell: str, tokens: int, *, toy: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(cell, tokens, Path(folder))
         arguments = training_arguments(recipe)
-        _, run = run_memory(recipe, base, arguments, NO_ENGINE)
+        _, run = memory_of(recipe, base, arguments, NO_ENGINE, None, gpu_bytes=None)
         estimated = run.estimate
         model = random_model(recipe, base, seed=0)
         samples = Samples(config, tokens, STEPS * ACCUMULATION)

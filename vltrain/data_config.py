@@ -95,9 +95,9 @@ def settled_packing(data: DataConfig, batch: BatchConfig, trainer: dict[str, Any
         or trainer.get("train_sampling_strategy", "random") != "random"
         or trainer.get("dataloader_drop_last", False)
         or trainer.get("auto_find_batch_size", False)
+        # Its noise is less the longer a row is.
+        or (data.row_tokens == "auto" and trainer.get("neftune_noise_alpha") is not None)
     )
-    if data.row_tokens == "auto" and trainer.get("neftune_noise_alpha") is not None:
-        return replace(data, packing=False)  # its noise is less the longer a row is
     return replace(data, packing=False) if as_samples_come else data
 
 

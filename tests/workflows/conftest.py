@@ -29,7 +29,7 @@ def _reload_here(folder: Path, scratch: Path | None) -> torch.Tensor | None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that no test of the file changes."""
-    return write_qwen_vl(tmp_path_factory.mktemp("train") / "base")
+    return write_qwen_vl(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from runs import metrics, quick, run
 
+import vltrain.workflows.guard
 import vltrain.workflows.train
 from vltrain.config import Recipe
 from vltrain.workflows.settle import settled
@@ -63,7 +64,7 @@ def test_where_memory_does_not_suffice_rows_of_a_run_are_shorter(
     as_on_a_gpu()
     shown = []
     for size in (2**34, 2**20):
-        monkeypatch.setattr(vltrain.workflows.train, "gpu_memory", lambda size=size: size)
+        monkeypatch.setattr(vltrain.workflows.guard, "gpu_memory", lambda size=size: size)
         out = tmp_path / str(size)
         settings = ("memory_check=false", "trainer.gradient_accumulation_steps=4")
         shown.append(run(quick(base, data, out, *SETTINGS, *settings)))

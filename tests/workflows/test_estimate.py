@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny import write_conversations, write_qwen_vl
 from transformers import TrainerCallback
 
 import vltrain.workflows.estimate
-import vltrain.workflows.train
+import vltrain.workflows.guard
 from vltrain.config import Method, Recipe, load_recipe
 from vltrain.data.collation import Collator
 from vltrain.errors import VltrainError
@@ -29,7 +28,6 @@ from vltrain.workflows.estimate import (
     epoch_steps,
     estimate_run,
     probe_epoch,
-    run_memory,
 )
 from vltrain.workflows.memory import (
     RunMemory,
@@ -42,16 +40,6 @@ from vltrain.workflows.settle import settled
 from vltrain.workflows.train import train
 
 NO_CONSOLE = Console(file=io.StringIO())
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen_vl(tmp_path_factory.mktemp("estimate") / "base")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("data"))
 
 
 def a_recipe(base: Path, data: Path, out: Path, *settings: str, method: Method = "lora") -> Recipe:
@@ -291,7 +279,7 @@ def test_weights_gradients_and_states_are_those_that_torch_allocates(
     recipe = settled(recipe, NO_ENGINE)
     arguments, read = training_arguments(recipe), read_base(recipe.model)
     halves = read_halves(NO_CONSOLE, recipe, read, arguments)
-    memory = run_memory(recipe, read, arguments, NO_ENGINE, halves)[1].estimate
+    memory = memory_of(recipe, read, arguments, NO_ENGINE, halves, gpu_bytes=None)[1].estimate
     held = Held()
     model = prepare_model(recipe, read.family, read.folder, device=arguments.device, seed=0)
     hold_weights(model, recipe, gpu_bytes=None)
@@ -329,7 +317,7 @@ def test_what_other_programs_hold_is_left_to_them(base: Path, data: Path, tmp_pa
 def test_a_run_that_cannot_fit_is_refused_before_its_weights_are_read(
     bare: Path, data: Path, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(vltrain.workflows.train, "gpu_memory", lambda: WORKSPACE_BYTES)
+    monkeypatch.setattr(vltrain.workflows.guard, "gpu_memory", lambda: WORKSPACE_BYTES)
     console = Console(file=io.StringIO(), width=300)
     settings = ("trainer.gradient_checkpointing=false", "trainer.per_device_train_batch_size=2")
 
@@ -348,7 +336,7 @@ def test_a_run_that_may_fit_shows_its_memory_and_goes_on(
     base: Path, data: Path, tmp_path: Path, monkeypatch
 ):
     for size, settings in ((2**34, ()), (WORKSPACE_BYTES, ("memory_check=false",))):
-        monkeypatch.setattr(vltrain.workflows.train, "gpu_memory", lambda size=size: size)
+        monkeypatch.setattr(vltrain.workflows.guard, "gpu_memory", lambda size=size: size)
         console = Console(file=io.StringIO(), width=300)
 
         train(a_recipe(base, data, tmp_path / str(size), *settings), console)
@@ -387,7 +375,7 @@ def test_only_a_run_that_fits_the_one_gpu_is_probed(
     recipe = settled(a_recipe(base, data, tmp_path / "run", "dtype=fp32"), NO_ENGINE)
     read, arguments = read_base(recipe.model), training_arguments(recipe)
     halves = read_halves(NO_CONSOLE, recipe, read, arguments)
-    _, run = run_memory(recipe, read, arguments, NO_ENGINE, halves)
+    _, run = memory_of(recipe, read, arguments, NO_ENGINE, halves, gpu_bytes=None)
 
     assert not can_be_probed(run, halves, 1)  # without a GPU
     monkeypatch.setattr(vltrain.workflows.estimate, "gpu_memory", lambda: gpu_bytes)

@@ -12,8 +12,8 @@ from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE
 from vltrain.training.features import BATCH_ON_GPU
 from vltrain.training.moments import Features
-from vltrain.workflows.base import read_base, read_halves
-from vltrain.workflows.estimate import estimate_run, run_memory
+from vltrain.workflows.base import memory_of, read_base, read_halves
+from vltrain.workflows.estimate import estimate_run
 from vltrain.workflows.memory import RunMemory
 from vltrain.workflows.settle import settled
 
@@ -37,7 +37,7 @@ def memory(bare: Path, data: Path, *settings: str, method: Method = "lora") -> R
     recipe = settled(recipe, NO_ENGINE, on_gpu=True)
     arguments, base = training_arguments(recipe), read_base(recipe.model)
     halves = read_halves(Console(file=io.StringIO()), recipe, base, arguments)
-    return run_memory(recipe, base, arguments, NO_ENGINE, halves)[1]
+    return memory_of(recipe, base, arguments, NO_ENGINE, halves, gpu_bytes=None)[1]
 
 
 @pytest.mark.parametrize(

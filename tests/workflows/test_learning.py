@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from runs import metrics, quick, refused, run, weights
-from tiny import write_conversations, write_qwen_vl
+from tiny import write_qwen_vl
 
 from vltrain.models import load_model
 from vltrain.training.run_dir import RunDir
@@ -16,16 +16,6 @@ from vltrain.workflows.merge import merge
 
 SHORT = ("trainer.max_steps=3", "trainer.warmup_steps=0")
 QUIET = Console(file=io.StringIO())
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen_vl(tmp_path_factory.mktemp("learning") / "base")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from runs import quick, run
-from tiny import write_conversations, write_qwen_vl
 from transformers import TrainingArguments
 
 from vltrain.training.arguments import training_arguments
@@ -19,16 +18,6 @@ from vltrain.workflows.settle import settled
 WORKERS = 4
 PICTURE = 3 * 56 * 56 * 4
 LARGEST = 3 * PICTURE  # two samples make a step, and one has two pictures
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen_vl(tmp_path_factory.mktemp("room") / "base")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("data"))
 
 
 def prepared(base: Path, data: Path, *settings: str) -> tuple[TrainingArguments, Halves]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import metrics, quick, run, weights
-from tiny import write_conversations, write_gptq, write_qwen_vl
+from tiny import write_gptq, write_qwen_vl
 
 from vltrain.workflows.estimate import estimate_run
 
@@ -20,9 +20,19 @@ PLAIN = ("compile=false", "memory=null", "data.packing=false")
 LONGER = ("trainer.max_steps=20", "trainer.warmup_steps=0", "lora.r=8")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("data"))
+def command(
+    base: Path, data: Path, folder: Path, *settings: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`vltrain lora` in a process of its own, with variables of the environment."""
+    words = ["lora", "--model", base, "--data", data, "--output", folder / "run"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    return subprocess.run(
+        [sys.executable, "-m", "vltrain", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gptq"])
@@ -106,16 +116,9 @@ def test_by_itself_a_run_takes_the_fast_way_and_loses_what_a_plain_one_does(
 def test_where_nothing_can_be_compiled_a_run_says_so_and_goes_on(data, tmp_path):
     base = write_qwen_vl(tmp_path / "base")
     caches = {f"{name}_CACHE_DIR": str(tmp_path / name) for name in ("TRITON", "TORCHINDUCTOR")}
-    words = ["lora", "--model", base, "--data", data, "--output", tmp_path / "run"]
-    words += ["--set", "trainer.max_steps=2", "--set", "lora.r=4"]
+    settings = ("trainer.max_steps=2", "lora.r=4")
 
-    done = subprocess.run(
-        [sys.executable, "-m", "vltrain", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "CC": "/bin/false", "CXX": "/bin/false", **caches},
-    )
+    done = command(base, data, tmp_path, *settings, CC="/bin/false", CXX="/bin/false", **caches)
 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "layers are not compiled, for nothing can be on this machine" in done.stderr
@@ -140,16 +143,10 @@ def test_on_the_fast_way_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(da
 def test_memory_that_runs_out_ends_a_run_with_its_own_code_and_what_to_change(data, tmp_path):
     base = write_qwen_vl(tmp_path / "base")
     fraction = 48 * 2**20 / torch.cuda.get_device_properties(0).total_memory
-    words = ["lora", "--model", base, "--data", data, "--output", tmp_path / "run"]
-    words += ["--set", "trainer.per_device_train_batch_size=256", "--set", "data.packing=false"]
+    settings = ("trainer.per_device_train_batch_size=256", "data.packing=false")
+    limit = f"per_process_memory_fraction:{fraction}"
 
-    done = subprocess.run(
-        [sys.executable, "-m", "vltrain", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": f"per_process_memory_fraction:{fraction}"},
-    )
+    done = command(base, data, tmp_path, *settings, PYTORCH_CUDA_ALLOC_CONF=limit)
 
     assert done.returncode == 3, done.stderr[-3000:]
     assert "error: " in done.stderr

@@ -65,8 +65,7 @@ def _changes(recipe: Recipe, run: RunMemory | None) -> Iterator[Advice]:
     bare = recipe.memory is None and not trainer["gradient_checkpointing"]
     compute = None if run is None else run.work.compute
     all_of_it = compute is not None and compute == compute.all_recomputed()
-    open_ = recipe.memory in ("fast", "auto") or isinstance(recipe.memory, float)
-    if bare or (open_ and not all_of_it):
+    if bare or (recipe.memory not in (None, "lean") and not all_of_it):
         key = "trainer.gradient_checkpointing: true" if bare else "memory: lean"
         yield Advice(f"{key}; the losses stay, a step takes longer", _recomputing)
     if batch > 1:

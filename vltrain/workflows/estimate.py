@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from vltrain.config import Method, Recipe, load_recipe
 from vltrain.data.collation import Collator, collate_rows
@@ -114,7 +114,7 @@ def estimate_run(
     recipe = settled(recipe, engine, processes=gpus, on_gpu=on_gpu)
     arguments = training_arguments(recipe)
     known = recipe.data.files != (NOT_GIVEN,)
-    halves, run = run_memory(
+    halves, run = memory_of(
         recipe,
         base,
         arguments,
@@ -122,7 +122,7 @@ def estimate_run(
         read_halves(console, recipe, base, arguments, gpus) if known else None,
         pictures=pictures,
         rows_open=rows_open,
-        gpus=gpus,
+        processes=gpus,
         gpu_bytes=gpu_bytes,
     )
     epoch = None
@@ -132,7 +132,7 @@ def estimate_run(
         print(json.dumps(as_object(recipe, run, gpu_bytes, epoch)))
         return
     console.print(Text(f"{recipe.method} · {base.source.name} · {base.family.name}", "bold"))
-    for line in run.decisions:
+    for line in decided(recipe, base, run):
         console.print(line, soft_wrap=True)
     show_memory(console, run, gpu_bytes)
     console.print(_time_line(epoch, halves, gpus, probe=probe), soft_wrap=True)
@@ -177,42 +177,17 @@ def draft(
     )
 
 
-def run_memory(
-    recipe: Recipe,
-    base: Base,
-    arguments: TrainingArguments,
-    engine: Engine,
-    halves: Halves | None = None,
-    *,
-    pictures: int = 1,
-    rows_open: bool = False,
-    gpus: int = 1,
-    gpu_bytes: int | None = None,
-) -> tuple[Halves | None, RunMemory]:
-    """A run on some GPUs as far as memory goes; its model is counted and not loaded.
-
-    Args, and what is returned: as of `memory_of`.
-    """
-    halves, run = memory_of(
-        recipe,
-        base,
-        arguments,
-        engine,
-        halves,
-        pictures=pictures,
-        rows_open=rows_open,
-        processes=gpus,
-        gpu_bytes=gpu_bytes,
-    )
-    words = decisions(recipe, base.family, base.folder, run.held)
+def decided(recipe: Recipe, base: Base, run: RunMemory) -> Iterator[str]:
+    """What the recipe leaves open and a run would decide, in words."""
+    yield from decisions(recipe, base.family, base.folder, run.held)
     if recipe.batch.samples is not None:
-        words.append(
+        yield (
             f"the {recipe.batch.samples:,} samples of each step are packed into rows of up to "
             f"{run.batch.row_tokens:,} tokens"
         )
     if run.work.features is not None:
-        words.append("pictures: their features are kept, and computed before the first step")
-    return halves, replace(run, decisions=(*words, *run.decisions))
+        yield "pictures: their features are kept, and computed before the first step"
+    yield from run.decisions
 
 
 def engine_of(recipe: Recipe, base: Base, gpus: int, gpu_bytes: int | None) -> Engine:

@@ -1,4 +1,5 @@
-"""Around a run: alone in its directory, stopped in order, on the data that it began with."""
+"""Around a run: alone in its directory, stopped in order, on the data that it began with,
+in memory that it fits."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
@@ -22,7 +24,8 @@ from vltrain.training.disk import SavedBytes, refuse_small_disk, save_count
 from vltrain.training.engines import Engine
 from vltrain.training.files import is_disk_full
 from vltrain.training.lock import locked
-from vltrain.training.processes import is_first
+from vltrain.training.memory import GIB
+from vltrain.training.processes import is_first, least_of_all, process_count
 from vltrain.training.run_dir import RunDir
 from vltrain.training.stopping import StopSignals
 from vltrain.training.universal import (
@@ -30,9 +33,11 @@ from vltrain.training.universal import (
     refuse_no_room_to_share,
     share_count,
 )
-from vltrain.workflows.advice import memory_advice
-from vltrain.workflows.memory import RunMemory
+from vltrain.workflows.advice import memory_advice, refuse_what_cannot_fit
+from vltrain.workflows.base import Base, memory_of
+from vltrain.workflows.memory import RunMemory, gpu_memory, held_by_others, show_memory
 from vltrain.workflows.run_data import Halves
+from vltrain.workflows.settle import in_rows_of_at_most
 
 
 @contextmanager
@@ -74,6 +79,59 @@ def advised(recipe: Recipe, memory: RunMemory | None) -> Iterator[None]:
         said = str(error).partition(". Of the allocated memory")[0]
         advice = "\n       ".join(memory_advice(recipe, memory))
         raise GpuMemoryError.at(f"vltrain {recipe.method}", what=said, fix=advice) from error
+
+
+def check_memory(
+    console: Console,
+    recipe: Recipe,
+    base: Base,
+    halves: Halves,
+    arguments: TrainingArguments,
+    engine: Engine,
+    *,
+    rows_open: bool,
+) -> tuple[Halves, RunMemory | None]:
+    """What a run will take of the GPU that is there, shown; None without one.
+
+    Args:
+        rows_open: whether rows may be shorter, where the memory asks for it.
+
+    Returns:
+        The data, in rows that fit, and the memory.
+
+    Raises:
+        VltrainError: it cannot fit, and `memory_check` is on.
+    """
+    gpu_bytes = gpu_memory()
+    if gpu_bytes is None:
+        return halves, None
+    taken = held_by_others()
+    halves, run = memory_of(
+        recipe,
+        base,
+        arguments,
+        engine,
+        halves,
+        rows_open=rows_open,
+        processes=process_count(),
+        gpu_bytes=gpu_bytes,
+        taken=taken,
+    )
+    if rows_open:  # of another length in another process they would be another number
+        halves = in_rows_of_at_most(halves, lambda own: least_of_all(own, arguments.device))
+    show_memory(console, run, gpu_bytes)
+    if taken:
+        left = gpu_bytes - taken
+        verdict = ": too little" if run.estimate.needed > left else ""
+        console.print(
+            f"other programs hold {taken / GIB:.1f} GiB of the GPU, {left / GIB:.1f} are left"
+            f"{verdict}"
+        )
+    for line in run.decisions:
+        console.print(line, soft_wrap=True)
+    if recipe.memory_check:
+        refuse_what_cannot_fit(recipe, run, gpu_bytes)
+    return halves, run
 
 
 def refuse_no_space(

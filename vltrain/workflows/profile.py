@@ -353,8 +353,8 @@ def _train(subject: Subject, rate: float, span: Span, steps: int, folder: Path) 
     measured = measure(
         model,
         arguments,
-        samples if rows is None else halves.rows,
-        Collator(0) if rows is None else collate_rows,
+        samples if halves.rows is None else halves.rows,
+        Collator(0) if halves.rows is None else collate_rows,
         layers=layers_of(recipe, NO_ENGINE, run),
         optimizer=optimizer_of(recipe, arguments, held),
     )

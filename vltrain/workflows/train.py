@@ -33,17 +33,14 @@ from vltrain.training.full_weights import HELD, HeldWeights, bf16_optimizer
 from vltrain.training.gradient_check import AdapterGradients
 from vltrain.training.learning_rates import rate_of
 from vltrain.training.master_adamw import master_optimizer
-from vltrain.training.memory import GIB
 from vltrain.training.plot import plot_loss
-from vltrain.training.processes import is_first, least_of_all, process_count, wait_for_all
+from vltrain.training.processes import is_first, process_count, wait_for_all
 from vltrain.training.run_dir import RunDir, environment
 from vltrain.training.stopping import StopSignals
 from vltrain.training.trainer import Trainer
 from vltrain.training.universal import share_count, shared_out_anew
-from vltrain.workflows.advice import refuse_what_cannot_fit
 from vltrain.workflows.base import (
     Base,
-    memory_of,
     plan_engine,
     read_base,
     read_halves,
@@ -52,6 +49,7 @@ from vltrain.workflows.base import (
 from vltrain.workflows.features import keep_features
 from vltrain.workflows.guard import (
     advised,
+    check_memory,
     data_fingerprint,
     guarded,
     in_steps_of_before,
@@ -62,11 +60,8 @@ from vltrain.workflows.guard import (
 )
 from vltrain.workflows.loading_room import fit_workers
 from vltrain.workflows.memory import (
-    RunMemory,
     gpu_memory,
-    held_by_others,
     layers_of,
-    show_memory,
 )
 from vltrain.workflows.prepare import (
     decisions,
@@ -78,7 +73,7 @@ from vltrain.workflows.prepare import (
 )
 from vltrain.workflows.quiet import hide_weight_bars
 from vltrain.workflows.run_data import Halves, plan_of
-from vltrain.workflows.settle import in_rows_of_at_most, leaves_rows_open, settled
+from vltrain.workflows.settle import leaves_rows_open, settled
 
 
 def train(recipe: Recipe, console: Console | None = None) -> None:
@@ -194,59 +189,6 @@ def let_ranks_meet(
 def memory_of_one(engine: Engine) -> int | None:
     """Bytes of the GPU where a run has one to itself."""
     return gpu_memory() if engine.name == "none" else None
-
-
-def check_memory(
-    console: Console,
-    recipe: Recipe,
-    base: Base,
-    halves: Halves,
-    arguments: TrainingArguments,
-    engine: Engine,
-    *,
-    rows_open: bool,
-) -> tuple[Halves, RunMemory | None]:
-    """What a run will take of the GPU that is there, shown; None without one.
-
-    Args:
-        rows_open: whether rows may be shorter, where the memory asks for it.
-
-    Returns:
-        The data, in rows that fit, and the memory.
-
-    Raises:
-        VltrainError: it cannot fit, and `memory_check` is on.
-    """
-    gpu_bytes = gpu_memory()
-    if gpu_bytes is None:
-        return halves, None
-    taken = held_by_others()
-    halves, run = memory_of(
-        recipe,
-        base,
-        arguments,
-        engine,
-        halves,
-        rows_open=rows_open,
-        processes=process_count(),
-        gpu_bytes=gpu_bytes,
-        taken=taken,
-    )
-    if rows_open:  # of another length in another process they would be another number
-        halves = in_rows_of_at_most(halves, lambda own: least_of_all(own, arguments.device))
-    show_memory(console, run, gpu_bytes)
-    if taken:
-        left = gpu_bytes - taken
-        verdict = ": too little" if run.estimate.needed > left else ""
-        console.print(
-            f"other programs hold {taken / GIB:.1f} GiB of the GPU, {left / GIB:.1f} are left"
-            f"{verdict}"
-        )
-    for line in run.decisions:
-        console.print(line, soft_wrap=True)
-    if recipe.memory_check:
-        refuse_what_cannot_fit(recipe, run, gpu_bytes)
-    return halves, run
 
 
 def show_plan(
