@@ -272,6 +272,26 @@ def test_shared_weights_are_gathered_layer_by_layer():
     assert moment(FULL, zero3, "the loss, backward").copies == 2 * (640 + 800)  # layer and head
 
 
+def test_layers_that_keep_all_hold_on_to_their_weights_under_zero3_unless_compiled():
+    for engine, compiled, gathered in (
+        ("deepspeed", False, 2 * (2880 + 700)),
+        ("deepspeed", True, 2 * (640 + 800)),
+        ("fsdp2", False, 2 * (640 + 800)),
+    ):
+        work = shared(engine, stage=3 if engine == "deepspeed" else 0)
+        keeps = replace(work.compute, checkpointing=False, compiled=compiled)
+        work = replace(work, compute=keeps)
+        own = FULL.at("embeddings").learned * (2 if engine == "deepspeed" else 4)
+        assert moment(FULL, work, "the embeddings, backward").copies == own + gathered
+
+
+def test_fsdp2_that_sums_late_has_whole_gradients():
+    late = shared("fsdp2")
+    late = replace(late, sharing=replace(late.sharing, sums_late=True))
+
+    assert estimate(FULL, SIZES, BATCH, late).peak.gradients == 4 * 2880
+
+
 def test_engines_that_round_weights_need_no_copies_and_no_wide_hidden_states():
     for engine in ("deepspeed", "fsdp2"):
         loss = moment(FULL, shared(engine, stage=1), "the loss")

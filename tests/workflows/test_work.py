@@ -77,8 +77,9 @@ def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
     assert work.compute.compiled is compiled
 
 
-def test_layers_whose_weights_are_shared_out_count_as_not_compiled():
-    zero3 = Engine("deepspeed", "asked for", {"zero_optimization": {"stage": 3}})
-    arranged = settled(recipe_of(), zero3, on_gpu=True)
+@pytest.mark.parametrize(("settings", "late"), [((), False), (("data.packing=false",), True)])
+def test_fsdp2_sums_the_gradients_of_a_packed_step_row_by_row(settings, late):
+    fsdp2 = Engine("fsdp2", "asked for")
+    arranged = settled(recipe_of("compile=false", *settings), fsdp2, processes=2, on_gpu=True)
 
-    assert not work_of(arranged, training_arguments(arranged), zero3, 2).compute.compiled
+    assert work_of(arranged, training_arguments(arranged), fsdp2, 2).sharing.sums_late is late

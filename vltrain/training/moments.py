@@ -37,6 +37,7 @@ class Sharing:
     offload_optimizer: bool = False  # to host memory
     offload_weights: bool = False
     bucket: int = 0  # numbers that DeepSpeed gathers before it reduces them
+    sums_late: bool = False  # FSDP2 has whole gradients up to the last batch of a step
 
     def share(self, stage: int) -> int:
         """By how much that is divided which ZeRO shares out from `stage` on (arXiv:1910.02054)."""
@@ -118,7 +119,7 @@ class Step:
 
     def _gradients_at(self, *places: Place) -> int:
         whole = sum(self.held.at(place).learned_bytes for place in places)
-        return whole // self.work.sharing.share(2)
+        return whole if self.work.sharing.sums_late else whole // self.work.sharing.share(2)
 
     @cached_property
     def _kept(self) -> int:
@@ -139,9 +140,16 @@ class Step:
 
     @cached_property
     def _gathered(self) -> int:
-        """Shared-out weights that a process holds whole: those of a layer, and the next or head."""
+        """Shared-out weights that a process holds whole: those of a layer, and the next or head.
+
+        Under ZeRO-3 what a layer keeps that is neither compiled nor recomputed holds on to its
+        weights, by views of them; FSDP2 takes the memory itself back.
+        """
         if self.work.sharing.share(3) == 1:
             return 0
+        compute = self.work.compute
+        if self.work.sharing.zero_stage == 3 and not (compute.compiled or compute.checkpointing):
+            return self.computed.all.total * compute.bytes
         layer = self.computed.at("layers").total // self.sizes.decoder.layers
         head = self.sizes.decoder.vocabulary * self.sizes.decoder.width
         return self.work.compute.bytes * (layer + max(layer, head))

@@ -30,11 +30,11 @@ def in_turn(
 ) -> Iterator[tuple[dict[str, Any], AbstractContextManager]]:
     """The batches of a step, each with the context to go forward and back in.
 
-    Gradients add up, and only behind the last batch are they summed over the processes and the
-    engine's step is due.
+    Gradients add up, and behind the last batch the engine's step is due. Only there are they summed
+    over the processes, but under FSDP2: it would hold all of them whole, in float32, until then.
     """
     for left, batch in zip(range(len(batches) - 1, -1, -1), batches, strict=True):
         accelerator.gradient_state._set_sync_gradients(left == 0)
         # DeepSpeed counts by that flag, and takes no other word.
-        by_flag = accelerator.distributed_type == DistributedType.DEEPSPEED
-        yield batch, nullcontext() if left == 0 or by_flag else accelerator.no_sync(model)
+        shares = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        yield batch, nullcontext() if left == 0 or shares else accelerator.no_sync(model)

@@ -115,7 +115,10 @@ def work_of(
     if recipe.method == "lora" and recipe.lora.weights == "bf16":
         optimizer = Optimizer("adamw_torch_fused", masters=True)
     several = has_several_batches(recipe, arguments, halves, processes)
-    return Work(compute, optimizer, several, sharing_of(engine, processes))
+    # Of a step that comes whole FSDP2 sums each row's gradients at once (`step_batches`).
+    late = engine.name == "fsdp2" and several and recipe.batch.samples is None
+    sharing = replace(sharing_of(engine, processes), sums_late=late)
+    return Work(compute, optimizer, several, sharing)
 
 
 def has_several_batches(
