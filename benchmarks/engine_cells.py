@@ -89,8 +89,8 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         wanted: `engine` ("none", "ddp", "fsdp2" or a name of ds_configs/), `method`, `tokens`,
-            `steps`, `accumulation`, `toy`, `fast`: packed, and compiled where the engine lets it,
-            `trace`: one more step, of which a trace is made.
+            `steps`, `accumulation`, `toy`, `fast`: packed and compiled, `kept`: the share that
+            such layers keep, `trace`: one more step, of which a trace is made.
     """
     on_gpu, fast = torch.cuda.is_available(), wanted["fast"]
     engine = engine_named(wanted["engine"])
@@ -158,7 +158,7 @@ def learning(
 
 
 def packed_feed(samples: Samples, wanted: dict[str, Any], engine: Engine) -> dict[str, Any]:
-    """What a Trainer is given to take the steps packed, and compiled where the engine lets it."""
+    """What a Trainer is given to take the steps packed and compiled."""
     processes = process_count()
     rows = StepRows(
         samples,
@@ -166,8 +166,7 @@ def packed_feed(samples: Samples, wanted: dict[str, Any], engine: Engine) -> dic
         row_tokens=ROW_TOKENS,
         processes=processes,
     )
-    recompute_every = 1 if wanted["method"] == "full" else 0
-    layers = LayerRuns(not engine.shards_weights, recompute_every)
+    layers = LayerRuns(True, kept=wanted["kept"], gathered=engine.shards_weights)
     return {"train_dataset": rows, "data_collator": collate_rows, "layers": layers}
 
 

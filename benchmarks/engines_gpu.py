@@ -71,16 +71,23 @@ def apart(bench: Bench, methods: Sequence[str], engines: Sequence[str]) -> None:
 
 
 def speed(
-    bench: Bench, method: str, engines: Sequence[str], *, fast: bool, trace: bool = False
+    bench: Bench,
+    method: str,
+    engines: Sequence[str],
+    *,
+    fast: bool,
+    trace: bool = False,
+    kept: float = 1.0,
 ) -> None:
     """Tokens a second, utilisation and memory at the real size; LoRA beside one GPU's.
 
     Args:
-        fast: in packed steps, compiled where the engine lets it; else in batches of one sample.
+        fast: in packed steps and compiled; else in batches of one sample.
         trace: say of one step more what a GPU did in it.
+        kept: the share that compiled layers keep for the way back.
     """
     wanted = {"method": method, "tokens": 2048, "accumulation": 8, "steps": 3, "toy": bench.tiny}
-    wanted |= {"fast": fast, "trace": trace}
+    wanted |= {"fast": fast, "trace": trace, "kept": kept}
     if bench.tiny:
         wanted |= {"tokens": 300, "accumulation": 2, "steps": 1}
     plan = [("none", 1)] if method == "lora" else []
@@ -125,6 +132,7 @@ def main() -> None:
     parser.add_argument("--kills", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--folder", type=Path, help="for models and runs: 60 GB that are fast")
     parser.add_argument("--trace", action="store_true", help="one step more of each speed, traced")
+    parser.add_argument("--kept", type=float, default=1.0, help="share that compiled layers keep")
     parser.add_argument("--tiny", action="store_true", help="a toy model on CPUs")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="engines-", dir=options.folder))
@@ -135,6 +143,7 @@ def main() -> None:
         write_bases(bench)
     methods, engines = options.methods, options.engines
     shared = [name for name in engines if name in ("zero3", "fsdp2")]
+    how = {"trace": options.trace, "kept": options.kept}
     parts = {
         "losses": lambda: losses(bench, methods, engines),
         "apart": lambda: apart(bench, methods, [*shared, *({"ddp"} & {*engines})]),
@@ -142,8 +151,8 @@ def main() -> None:
         "kill": lambda: kill(bench, options.kills),
         "speed": lambda: speed(bench, "lora", engines, fast=False, trace=options.trace),
         "full-speed": lambda: speed(bench, "full", shared, fast=False, trace=options.trace),
-        "fast-speed": lambda: speed(bench, "lora", engines, fast=True, trace=options.trace),
-        "fast-full": lambda: speed(bench, "full", shared, fast=True, trace=options.trace),
+        "fast-speed": lambda: speed(bench, "lora", engines, fast=True, **how),
+        "fast-full": lambda: speed(bench, "full", shared, fast=True, **how),
     }
     for name in options.parts:
         started = time.monotonic()

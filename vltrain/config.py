@@ -71,14 +71,13 @@ class Recipe:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     lr: LearningRates = field(default_factory=LearningRates)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    # The layers. auto, as where a recipe says nothing of recomputing: on a GPU that holds the whole
-    # model, if it is known to work there.
+    # The layers. auto, as where a recipe says nothing of recomputing: on a GPU, if it is known to
+    # work there.
     compile: Literal["auto"] | bool = False
     # How layers are run, in the place of trainer.gradient_checkpointing. fast: none is recomputed;
     # lean: all, compiled ones within; auto, as where a recipe says nothing of recomputing: on a GPU
-    # that holds the whole model as few, or of compiled ones as little, as its memory asks for, by
-    # the estimate, and elsewhere all. A number: the share that compiled layers keep, at most, of
-    # what they would.
+    # as few, or of compiled ones as little, as its memory asks for, by the estimate, and elsewhere
+    # all. A number: the share that compiled layers keep, at most, of what they would.
     memory: Literal["fast", "auto", "lean"] | Annotated[float, Gt(0), Lt(1)] | None = None
     memory_check: bool = True  # refuse what cannot fit the GPU, by the estimate, before loading
     stop_after_nonfinite: Annotated[int, Ge(1)] = 3  # steps in a row with a NaN or infinite loss

@@ -53,9 +53,8 @@ class DataConfig:
     max_length: Annotated[int, Ge(1)] = 2048  # tokens, image tokens included
     too_long: Literal["error", "drop"] = "error"  # cutting a sample could cut an image in two
     mix: tuple[MixEntry, ...] = ()  # what an epoch shows of a file; of others, each sample once
-    # Rows of up to row_tokens tokens hold several samples each. auto: on a GPU that holds the whole
-    # model those of a step, which learns from the same samples as without; elsewhere where
-    # row_tokens is given.
+    # Rows of up to row_tokens tokens hold several samples each. auto: on a GPU those of a
+    # step, which learns from the same samples as without; elsewhere where row_tokens is given.
     packing: Literal["auto"] | bool = "auto"
     # Tokens of a packed row. auto: data.max_length; of a step's samples, on a GPU, at least 8,192
     # or as many as its memory takes.

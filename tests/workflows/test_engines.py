@@ -23,6 +23,12 @@ ENGINES = {
     "zero2": ("deepspeed=zero2",),
     "zero3": ("deepspeed=zero3",),
 }
+ARRANGED = {  # gathered layer by layer
+    "zero3-lora-fast": ("memory=fast",),
+    "zero3-lora-compiled": ("compile=true", "memory=fast"),
+    "zero3-full-lean": ("memory=lean",),
+    "zero3_offload-full-fast": ("memory=fast",),
+}
 PACKED = ("data.packing=true", "data.max_length=200", "trainer.max_steps=2")
 IN_ORDER = "trainer.train_sampling_strategy=sequential"
 
@@ -48,6 +54,9 @@ def cells(place: Place) -> list[Recipe]:
     twice = "trainer.gradient_accumulation_steps=2"
     for name in ("zero2_offload", "zero3_offload"):
         made.append(place.recipe(f"{name}-lora", "lora", twice, f"deepspeed={name}"))
+    for name, settings in ARRANGED.items():
+        engine, method, _ = name.split("-")
+        made.append(place.recipe(name, method, twice, *settings, f"deepspeed={engine}"))
     packed = (*PACKED, *place.evaluation(2))
     made.append(place.recipe("zero3-full-packed", "full", twice, *packed, *ENGINES["zero3"]))
     uneven = ("trainer.num_train_epochs=2", "trainer.max_steps=-1", IN_ORDER, *ENGINES["ddp"])
@@ -103,6 +112,7 @@ NAMES = [
     "zero2_offload-lora",
     "zero3_offload-lora",
     "zero3-full-packed",
+    *ARRANGED,
 ]
 
 

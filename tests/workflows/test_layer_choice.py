@@ -33,6 +33,7 @@ from vltrain.workflows.settle import settled
 ZERO2, ZERO3 = (
     Engine("deepspeed", "asked for", {"zero_optimization": {"stage": stage}}) for stage in (2, 3)
 )
+FSDP2 = Engine("fsdp2", "asked for")
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +64,11 @@ def test_compiled_layers_of_four_bits_are_recomputed_from_outside():
     assert work_of(lean, training_arguments(lean), NO_ENGINE, 1).compute.recomputed(32) == 32
 
 
-def test_layers_whose_weights_are_shared_out_are_not_compiled():
-    with pytest.raises(VltrainError, match="gathers weights within the layers"):
-        layer_runs_of(recipe_of("compile=true"), ZERO3)
+def test_layers_whose_weights_are_shared_out_know_it():
+    for engine in (ZERO3, FSDP2):
+        assert layer_runs_of(recipe_of("compile=true"), engine) == LayerRuns(
+            True, kept=0.0, gathered=True
+        )
 
 
 def test_without_a_compiler_a_run_says_so_before_it_begins(monkeypatch):

@@ -59,10 +59,10 @@ def test_a_step_has_the_samples_that_the_recipe_says():
     assert recipe.trainer["per_device_eval_batch_size"] == 4
 
 
-def test_on_several_gpus_too_where_each_holds_the_model():
+def test_on_several_gpus_too_under_every_engine():
     recipe = recipe_of(IN_BF16)
 
-    for engine in (DDP, ZERO2):
+    for engine in (DDP, ZERO2, ZERO3, FSDP2):
         there = settled(recipe, engine, processes=2, on_gpu=True)
         assert ways_of(there) == (True, "auto", True, 16)
 
@@ -82,13 +82,19 @@ def test_rows_of_a_length_that_is_given_are_packed_under_neftune_too():
     assert on_gpu(*settings).data.packing is True
 
 
-def test_elsewhere_a_run_is_as_plain_as_can_be():
+def test_on_cpus_a_run_is_as_plain_as_can_be():
     recipe = recipe_of(IN_BF16)
 
     assert ways_of(settled(recipe, NO_ENGINE, on_gpu=False)) == PLAIN
-    for engine in (FSDP2, ZERO3):
-        assert ways_of(settled(recipe, engine, processes=2, on_gpu=True)) == PLAIN
     assert recipe.trainer["gradient_checkpointing"] is True
+
+
+def test_under_zero3_layers_that_are_not_compiled_are_all_recomputed():
+    there = settled(recipe_of(IN_BF16, "compile=false"), ZERO3, processes=2, on_gpu=True)
+    assert ways_of(there) == (False, None, True, 16)
+
+    there = settled(recipe_of(IN_BF16, "compile=false"), FSDP2, processes=2, on_gpu=True)
+    assert ways_of(there) == (False, "auto", True, 16)
 
 
 @pytest.mark.parametrize(

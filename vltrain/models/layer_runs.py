@@ -28,6 +28,7 @@ class LayerRuns:
     compiled: bool = False
     recompute_every: int = 0  # each so-many-th layer is recomputed on the way back; 0: none
     kept: float = 1.0  # of what compiled layers keep beside their inputs; the rest is recomputed
+    gathered: bool = False  # an engine holds a layer's weights whole only while the layer runs
     backend: str = "inductor"  # of torch.compile
 
     def recomputes(self, number: int) -> bool:
@@ -46,7 +47,7 @@ def arrange_layers(model: nn.Module, runs: LayerRuns) -> None:
         runs: the arrangement; `LayerRuns()` leaves the layers as their classes have them.
     """
     if runs.compiled:
-        _keep(runs.kept)
+        _keep(runs.kept, views=not runs.gathered)
     for layers in stacks_of(model):
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = False
@@ -121,14 +122,20 @@ def compile_fault(device: torch.device) -> str | None:
     return None
 
 
-def _keep(share: float) -> None:
+def _keep(share: float, *, views: bool) -> None:
     """Let layers that are compiled from here on keep so much of what their way back reads.
 
     What is cheapest to compute again, operator by operator, is left out first. Layers that were
-    compiled for another share are forgotten.
+    compiled otherwise are forgotten.
+
+    Args:
+        share: of what they would keep.
+        views: whether views of tensors may be kept, as of weights: they hold memory that an
+            engine means to take back.
     """
-    if functorch.activation_memory_budget != share:
+    if (functorch.activation_memory_budget, functorch.recompute_views) != (share, not views):
         functorch.activation_memory_budget = share
+        functorch.recompute_views = not views
         torch._dynamo.reset()
 
 

@@ -36,6 +36,7 @@ from vltrain.training.resumable import ResumableTrainer
 from vltrain.training.step_batches import ROWS, StepBatches, in_turn
 from vltrain.training.stopping import LeaveSignals
 from vltrain.training.universal import drop_shares, part_groups, share_count, shared_out_anew
+from vltrain.training.zero3_layers import gather_by_layers
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class Trainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         if layers is not None:
             arrange_layers(self.model, layers)
+            if engine.zero_stage == 3:
+                gather_by_layers(self.model)
         self._mix = mix
         self._engine = engine
         self._rate = rate

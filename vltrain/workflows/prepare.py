@@ -101,28 +101,23 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
     compiled = recipe.compile
     assert compiled != "auto", "settled before"
     if compiled:
-        refuse_uncompilable(engine)
+        refuse_uncompilable()
+    runs = LayerRuns(compiled=compiled, gathered=engine.shards_weights)
     if isinstance(recipe.memory, float):
         if not compiled:  # nothing can leave out a part of a layer: all of it is
-            return LayerRuns(recompute_every=1)
-        return LayerRuns(compiled=True, kept=recipe.memory)
+            return replace(runs, recompute_every=1)
+        return replace(runs, kept=recipe.memory)
     recomputed = {"fast": False, "lean": True}
     all_of_them = recomputed.get(recipe.memory, recipe.trainer["gradient_checkpointing"])
     if not all_of_them:
-        return LayerRuns(compiled=compiled)
+        return runs
     if compiled and recipe.method != "qlora":  # faster than recomputing each from outside
-        return LayerRuns(compiled=True, kept=0.0)
-    return LayerRuns(compiled=compiled, recompute_every=1)
+        return replace(runs, kept=0.0)
+    return replace(runs, recompute_every=1)
 
 
-def refuse_uncompilable(engine: Engine) -> None:
+def refuse_uncompilable() -> None:
     """Raise VltrainError where layers cannot be compiled."""
-    if engine.shards_weights:
-        raise VltrainError.at(
-            "compile",
-            what=f"{engine} gathers weights within the layers, and these would be compiled",
-            fix="set compile: false, or engine: ddp",
-        )
     if not has_compiler():
         raise VltrainError.at(
             "compile",

@@ -48,16 +48,16 @@ def settled(
     refuse_wrong_section(recipe.trainer)
     there = torch.cuda.is_available() if on_gpu is None else on_gpu
     there = there and not recipe.trainer.get("use_cpu", False)
-    whole = there and not engine.shards_weights  # each GPU holds the model
     compiled = recipe.compile
     if compiled == "auto":
-        known = whole and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
+        known = there and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
         compiled = known and (on_gpu is not None or _compiles_here())
-    memory = recipe.memory if whole or recipe.memory != "auto" else None
+    keeps = there and (compiled or engine.zero_stage != 3)  # what is kept holds on to its weights
+    memory = recipe.memory if keeps or recipe.memory != "auto" else None
     settled_layers = replace(recipe, compile=compiled, memory=memory)
     # A file of DeepSpeed's that says what a step is would contradict one that is packed.
     said = any(isinstance((engine.config or {}).get(key), int) for key in STEP_SIZES)
-    return _with_rows(settled_layers, processes, packs=whole and not said, on_gpu=there)
+    return _with_rows(settled_layers, processes, packs=there and not said, on_gpu=there)
 
 
 def _compiles_here() -> bool:
