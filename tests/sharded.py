@@ -1,6 +1,6 @@
 """A process of a group that trains a model shared out by `fully_shard`, on the CPU.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/sharded.py BASE BATCHES OUT
+python -m torch.distributed.run --nproc-per-node 2 tests/sharded.py BASE BATCHES OUT [compiled]
 """
 
 import json
@@ -26,11 +26,12 @@ def step(model: nn.Module, optimizer: Any, batch: dict[str, Any], learned: int) 
     return loss.detach()
 
 
-def main(base: str, batches: str, out: str) -> None:
+def main(base: str, batches: str, out: str, layers: str = "plain") -> None:
     from vltrain.config import FreezeConfig
     from vltrain.models import load_model
     from vltrain.models.adapters import set_learned
     from vltrain.models.catalog import QWEN_VL
+    from vltrain.models.layer_runs import LayerRuns, arrange_layers
     from vltrain.models.saving import save_like
     from vltrain.models.shares import whole_tensors
 
@@ -39,6 +40,9 @@ def main(base: str, batches: str, out: str) -> None:
     mesh = init_device_mesh("cpu", (world,))
     model = set_learned(load_model(base), QWEN_VL, FreezeConfig(projector=False)).train()
     QWEN_VL.see_always(model)
+    if layers == "compiled":
+        backend = "aot_eager_decomp_partition"
+        arrange_layers(model, LayerRuns(True, kept=0.5, gathered=True, backend=backend))
     for module in list(model.modules()):
         if type(module).__name__ in QWEN_VL.layers:
             fully_shard(module, mesh=mesh)

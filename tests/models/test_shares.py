@@ -38,7 +38,8 @@ def without_pictures(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_fully_shard_trains_and_saves_what_one_process_does(tmp_path: Path):
+@pytest.mark.parametrize("layers", ["plain", pytest.param("compiled", marks=pytest.mark.matrix)])
+def test_fully_shard_trains_and_saves_what_one_process_does(tmp_path: Path, layers: str):
     base = write_qwen_vl(tmp_path / "base")
     samples = SampleDataset.of_records(
         read_records(write_conversations(tmp_path)), load_processor(base), labels="reference"
@@ -53,7 +54,8 @@ def test_fully_shard_trains_and_saves_what_one_process_does(tmp_path: Path):
             share.append((batch, learned))
     torch.save(shares, tmp_path / "batches.pt")
 
-    done = start_group(2, sharded.__file__, base, tmp_path / "batches.pt", tmp_path / "out")
+    words = (base, tmp_path / "batches.pt", tmp_path / "out", layers)
+    done = start_group(2, sharded.__file__, *words)
 
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((tmp_path / "out" / "said.json").read_text())

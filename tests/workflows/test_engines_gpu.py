@@ -22,20 +22,21 @@ ENGINES = {
     "fsdp2": "engine=fsdp2",
 }
 METHODS = ("lora", "full")
+PLAIN = ("compile=false", "memory=null", "data.packing=false")
 SAMPLES_A_STEP = 8
 
 
-def recipe_of(folder: Path, name: str, method: str, engine: str, processes: int) -> Recipe:
+def recipe_of(folder: Path, name: str, method: str, processes: int, *settings: str) -> Recipe:
     """Four steps of eight samples."""
     share = SAMPLES_A_STEP // processes
-    settings = [
+    overrides = [
         "trainer.max_steps=4",
         "trainer.per_device_train_batch_size=1",
         f"trainer.gradient_accumulation_steps={share}",
         "trainer.learning_rate=1e-3",
         "trainer.report_to=none",
         *(["lora.dropout=0"] if method == "lora" else []),
-        engine,
+        *settings,
     ]
     return load_recipe(
         None,
@@ -43,20 +44,20 @@ def recipe_of(folder: Path, name: str, method: str, engine: str, processes: int)
         model=str(folder / "base"),
         data=[folder / "train.json"],
         output=folder / name,
-        overrides=settings,
+        overrides=overrides,
     )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of one GPU under DDP, and those of all engines on two where there are as many."""
+    """The plain runs of one GPU, and all engines' own way on two where there are as many."""
     folder = tmp_path_factory.mktemp("gpus")
     write_qwen_vl(folder / "base")
     write_conversations(folder)
     processes = min(2, torch.cuda.device_count())
-    alone = [recipe_of(folder, f"one-{method}", method, "engine=ddp", 1) for method in METHODS]
+    alone = [recipe_of(folder, f"one-{m}", m, 1, "engine=ddp", *PLAIN) for m in METHODS]
     together = [
-        recipe_of(folder, f"{engine}-{method}", method, setting, processes)
+        recipe_of(folder, f"{engine}-{method}", method, processes, setting)
         for engine, setting in ENGINES.items()
         for method in METHODS
     ]
