@@ -4,12 +4,13 @@
 
 The model has the published sizes, random weights and a vocabulary of bytes; each record shows a
 JPEG of 12 megapixels. Seconds a step are those of the run's own `metrics.jsonl`, everything that a
-run does between steps included, and are to be held beside those of `vltrain profile`. `--tiny` runs
-all of it on a CPU.
+run does between steps included, and are to be held beside those of `vltrain profile`. With `--gpus`
+each of `--engines` runs it, one after the other. `--tiny` runs all of it on a CPU.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from engine_bench import ROOT, WIDE, WIDE_VISION
+from engine_bench import ENGINES, ROOT, WIDE, WIDE_VISION
 from json_lines import tell
 
 STEP_SAMPLES, WARMUP_STEPS = 8, 5
@@ -59,11 +60,14 @@ def write_data(folder: Path, base: Path, tokens: int, count: int) -> Path:
     return file
 
 
-def run(folder: Path, base: Path, data: Path, options: argparse.Namespace) -> dict:
+def run(folder: Path, base: Path, data: Path, engine: str, options: argparse.Namespace) -> dict:
     """The command, and what its log says of its steps."""
-    settings = [f"trainer.max_steps={options.steps}", *options.set]
-    words = [options.method, "--model", base, "--data", data, "--output", folder / "run"]
+    out = folder / f"run-{engine}"
+    chosen = [f"{key}={value}" for key, value in ENGINES.get(engine, {}).items()]
+    settings = [f"trainer.max_steps={options.steps}", *chosen, *options.set]
+    words = [options.method, "--model", base, "--data", data, "--output", out]
     words += [word for setting in settings for word in ("--set", setting)]
+    words += ["--gpus", options.gpus] if options.gpus > 1 else []
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "vltrain", *map(str, words)],
@@ -74,12 +78,16 @@ def run(folder: Path, base: Path, data: Path, options: argparse.Namespace) -> di
     )
     print(done.stdout)
     if done.returncode:
-        return {"error": f"exit code {done.returncode}"}
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        return {"engine": engine, "error": f"exit code {done.returncode}"}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    seconds = [STEP_SAMPLES * options.tokens / row["tokens_per_second"] for row in rows]
-    environment = json.loads((folder / "run" / "environment.json").read_text())
+    tokens = STEP_SAMPLES * options.gpus * options.tokens
+    seconds = [tokens / row["tokens_per_second"] for row in rows]
+    environment = json.loads((out / "environment.json").read_text())
+    shutil.rmtree(out)  # or the next may find no room
     return {
+        "engine": engine,
+        "gpus": options.gpus,
         "method": options.method,
         "tokens": options.tokens,
         "seconds_per_step": statistics.median(seconds[WARMUP_STEPS:]),
@@ -98,14 +106,18 @@ def main() -> None:
     parser.add_argument("--method", default="lora")
     parser.add_argument("--tokens", type=int, default=384)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--engines", nargs="+", choices=["auto", *ENGINES], default=["auto"])
     parser.add_argument("--set", action="append", default=[], help="a key of the recipe")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         base = write_base(folder, toy=options.tiny)
-        data = write_data(folder, base, options.tokens, STEP_SAMPLES * options.steps)
-        tell(run(folder, base, data, options), options.results)
+        count = STEP_SAMPLES * options.steps * options.gpus
+        data = write_data(folder, base, options.tokens, count)
+        for engine in options.engines:
+            tell(run(folder, base, data, engine, options), options.results)
 
 
 if __name__ == "__main__":
