@@ -49,39 +49,43 @@ def recipe_of(folder: Path, name: str, method: str, processes: int, *settings: s
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain runs of one GPU, and all engines' own way on two where there are as many."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base, data, and the plain runs of one GPU."""
     folder = tmp_path_factory.mktemp("gpus")
     write_qwen_vl(folder / "base")
     write_conversations(folder)
-    processes = min(2, torch.cuda.device_count())
-    alone = [recipe_of(folder, f"one-{m}", m, 1, "engine=ddp", *PLAIN) for m in METHODS]
-    together = [
-        recipe_of(folder, f"{engine}-{method}", method, processes, setting)
-        for engine, setting in ENGINES.items()
-        for method in METHODS
-    ]
-    for count, recipes in ((1, alone), (processes, together)):
-        files = [folder / f"{recipe.output.name}.yaml" for recipe in recipes]
-        for file, recipe in zip(files, recipes, strict=True):
-            file.write_text(recipe_to_yaml(recipe))
-        train_all(count, files, gpus=True)
+    train_in_turn(1, [recipe_of(folder, f"one-{m}", m, 1, "engine=ddp", *PLAIN) for m in METHODS])
     return folder
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest, place: Path) -> str:
+    """An engine, whose own way with both methods has run, on two GPUs where there are as many."""
+    name, processes = request.param, min(2, torch.cuda.device_count())
+    recipes = [recipe_of(place, f"{name}-{m}", m, processes, ENGINES[name]) for m in METHODS]
+    train_in_turn(processes, recipes)
+    return name
+
+
+def train_in_turn(processes: int, recipes: list[Recipe]) -> None:
+    """Run recipes one after the other in one group of processes."""
+    files = [recipe.output.with_suffix(".yaml") for recipe in recipes]
+    for file, recipe in zip(files, recipes, strict=True):
+        file.write_text(recipe_to_yaml(recipe))
+    train_all(processes, files, gpus=True)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_all_gpus_lose_what_one_gpu_loses(runs, method, engine):
-    together, alone = metrics(runs / f"{engine}-{method}"), metrics(runs / f"one-{method}")
+def test_all_gpus_lose_what_one_gpu_loses(place, engine, method):
+    together, alone = metrics(place / f"{engine}-{method}"), metrics(place / f"one-{method}")
 
     assert [step for step, _ in together] == [step for step, _ in alone] == [1, 2, 3, 4]
     assert [x for _, x in together] == pytest.approx([x for _, x in alone], rel=2e-2)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_environment_names_the_engine_and_its_dtype(runs, method, engine):
-    said = json.loads((runs / f"{engine}-{method}" / "environment.json").read_text())
+def test_the_environment_names_the_engine_and_its_dtype(place, engine, method):
+    said = json.loads((place / f"{engine}-{method}" / "environment.json").read_text())
 
     stage = int(engine[4]) if engine.startswith("zero") else None
     if engine == "ddp" and torch.cuda.device_count() == 1:
@@ -91,22 +95,20 @@ def test_the_environment_names_the_engine_and_its_dtype(runs, method, engine):
     assert said["dtype"] == "bf16"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_full_model_is_saved_whole(runs, engine):
-    final = runs / f"{engine}-full" / "final"
+def test_a_full_model_is_saved_whole(place, engine):
+    final = place / f"{engine}-full" / "final"
 
-    assert weights(final).keys() == weights(runs / "base").keys()
+    assert weights(final).keys() == weights(place / "base").keys()
     ids = torch.arange(0, 96)[None]
     ours, theirs = (
         load_model(folder, dtype="fp32")(ids).logits
-        for folder in (final, runs / "one-full" / "final")
+        for folder in (final, place / "one-full" / "final")
     )
     assert (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_adapter_is_saved_whole(runs, engine):
-    ours, theirs = (weights(runs / f"{run}-lora" / "final") for run in (engine, "one"))
+def test_an_adapter_is_saved_whole(place, engine):
+    ours, theirs = (weights(place / f"{run}-lora" / "final") for run in (engine, "one"))
 
     assert ours.keys() == theirs.keys()
     assert all(tensor.isfinite().all() for tensor in ours.values())
