@@ -20,8 +20,9 @@ from vltrain.training.memory import (
     largest_batch,
     scaled,
 )
-from vltrain.training.moments import Features, Sharing, Work
+from vltrain.training.moments import Features, Work
 from vltrain.training.optimizer_bytes import Optimizer
+from vltrain.training.sharing import Sharing
 
 SIZES = ModelSizes(
     DecoderSizes(layers=2, width=8, heads=2, attention_width=8, mlp_width=16, vocabulary=100),
@@ -272,6 +273,26 @@ def test_shared_weights_are_gathered_layer_by_layer():
     assert moment(FULL, zero3, "the loss, backward").copies == 2 * (640 + 800)  # layer and head
 
 
+def test_zero3_goes_ahead_in_whole_matrices():
+    def copies(**sizes: int) -> int:
+        work = shared("deepspeed", stage=3)
+        work = replace(work, sharing=replace(work.sharing, **sizes))
+        return moment(FULL, work, "the loss, backward").copies
+
+    assert copies(ahead=100, most_ahead=10**9) == 2 * (640 + 100 + 800)
+    assert copies(ahead=100, most_ahead=700) == 2 * (700 + 800)
+    assert copies(ahead=100, most_ahead=1) == 2 * (640 + 800)
+    assert copies(ahead=10**6, most_ahead=10**6) == 2 * FULL.all.total
+
+
+def test_a_bucket_of_zero3_is_there_whole():
+    work = shared("deepspeed", stage=3)
+    bucket = replace(work, sharing=replace(work.sharing, bucket=10**6))
+
+    plain, with_bucket = (estimate(LORA, SIZES, BATCH, w).workspace for w in (work, bucket))
+    assert with_bucket - plain == 2 * 10**6
+
+
 def test_layers_that_keep_all_hold_on_to_their_weights_under_zero3_unless_compiled():
     for engine, compiled, gathered in (
         ("deepspeed", False, 2 * (2880 + 700)),
@@ -281,7 +302,7 @@ def test_layers_that_keep_all_hold_on_to_their_weights_under_zero3_unless_compil
         work = shared(engine, stage=3 if engine == "deepspeed" else 0)
         keeps = replace(work.compute, checkpointing=False, compiled=compiled)
         work = replace(work, compute=keeps)
-        own = FULL.at("embeddings").learned * (2 if engine == "deepspeed" else 4)
+        own = 2 * FULL.at("embeddings").learned
         assert moment(FULL, work, "the embeddings, backward").copies == own + gathered
 
 

@@ -29,6 +29,7 @@ ARRANGED = {  # gathered layer by layer
     "zero3-full-lean": ("memory=lean",),
     "zero3_offload-full-fast": ("memory=fast",),
 }
+SEEING = ("freeze.vision=false", "trainer.save_strategy=steps", "trainer.save_steps=3")
 PACKED = ("data.packing=true", "data.max_length=200", "trainer.max_steps=2")
 IN_ORDER = "trainer.train_sampling_strategy=sequential"
 
@@ -57,6 +58,8 @@ def cells(place: Place) -> list[Recipe]:
     for name, settings in ARRANGED.items():
         engine, method, _ = name.split("-")
         made.append(place.recipe(name, method, twice, *settings, f"deepspeed={engine}"))
+    sees = (twice, *SEEING, "memory=fast", *ENGINES["zero3"])
+    made.append(place.recipe("zero3-lora-sees", "lora", *sees))
     packed = (*PACKED, *place.evaluation(2))
     made.append(place.recipe("zero3-full-packed", "full", twice, *packed, *ENGINES["zero3"]))
     uneven = ("trainer.num_train_epochs=2", "trainer.max_steps=-1", IN_ORDER, *ENGINES["ddp"])
@@ -93,6 +96,7 @@ def one(place: Place) -> Place:
         apart = ("trainer.gradient_accumulation_steps=2", IN_ORDER)
         train(place.recipe(f"{method}-apart", method, *apart), quiet)
     whole = "trainer.gradient_accumulation_steps=4"
+    train(place.recipe("lora-sees", "lora", whole, *SEEING), Console(file=io.StringIO()))
     packed = (*PACKED, *place.evaluation(2))
     train(place.recipe("full-packed", "full", whole, *packed), Console(file=io.StringIO()))
     return place
@@ -101,7 +105,7 @@ def one(place: Place) -> Place:
 def reference(name: str) -> str:
     """The run of one process whose batches a cell has."""
     _, method, *more = name.split("-")
-    return f"{method}-{more[0]}" if more in (["apart"], ["packed"]) else method
+    return f"{method}-{more[0]}" if more in (["apart"], ["packed"], ["sees"]) else method
 
 
 NAMES = [
@@ -112,6 +116,7 @@ NAMES = [
     "zero2_offload-lora",
     "zero3_offload-lora",
     "zero3-full-packed",
+    "zero3-lora-sees",
     *ARRANGED,
 ]
 

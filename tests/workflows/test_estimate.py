@@ -19,7 +19,7 @@ from vltrain.training.activations import BatchSizes
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
 from vltrain.training.memory import CONTEXT_BYTES, WORKSPACE_BYTES
-from vltrain.training.moments import Sharing
+from vltrain.training.sharing import Sharing, sharing_of
 from vltrain.training.trainer import Trainer
 from vltrain.workflows.base import memory_of, read_base, read_halves
 from vltrain.workflows.estimate import (
@@ -33,7 +33,6 @@ from vltrain.workflows.memory import (
     RunMemory,
     packed_batch,
     padded_batch,
-    sharing_of,
 )
 from vltrain.workflows.prepare import hold_weights, prepare_model
 from vltrain.workflows.settle import settled
@@ -239,6 +238,19 @@ def test_deepspeeds_settings_say_what_is_offloaded():
 
     assert sharing_of(engine, 4) == Sharing("deepspeed", 2, 4, True, False, 1000)
     assert sharing_of(NO_ENGINE, 1) == Sharing()
+
+
+def test_deepspeeds_defaults_count_where_its_settings_say_nothing():
+    zero3, zero2 = (
+        Engine("deepspeed", "", config={"zero_optimization": {"stage": stage}}) for stage in (3, 2)
+    )
+    found = sharing_of(zero3, 2)
+    assert (found.bucket, found.ahead, found.most_ahead) == (5 * 10**8, 5 * 10**7, 10**9)
+    assert (sharing_of(zero2, 2).bucket, sharing_of(zero2, 2).ahead) == (5 * 10**8, 0)
+
+    written = {"stage": 3, "reduce_bucket_size": 2e8, "stage3_prefetch_bucket_size": "auto"}
+    found = sharing_of(Engine("deepspeed", "", config={"zero_optimization": written}), 2)
+    assert (found.bucket, found.ahead) == (2 * 10**8, 0)
 
 
 def test_padded_rows_are_as_long_as_the_longest_sample():

@@ -91,7 +91,7 @@ def test_on_cpus_a_run_is_as_plain_as_can_be():
 
 def test_under_zero3_layers_that_are_not_compiled_are_all_recomputed():
     there = settled(recipe_of(IN_BF16, "compile=false"), ZERO3, processes=2, on_gpu=True)
-    assert ways_of(there) == (False, None, True, 16)
+    assert ways_of(there) == (False, "lean", True, 16)
 
     there = settled(recipe_of(IN_BF16, "compile=false"), FSDP2, processes=2, on_gpu=True)
     assert ways_of(there) == (False, "auto", True, 16)

@@ -80,6 +80,7 @@ def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
 @pytest.mark.parametrize(("settings", "late"), [((), False), (("data.packing=false",), True)])
 def test_fsdp2_sums_the_gradients_of_a_packed_step_row_by_row(settings, late):
     fsdp2 = Engine("fsdp2", "asked for")
-    arranged = settled(recipe_of("compile=false", *settings), fsdp2, processes=2, on_gpu=True)
+    recipe = recipe_of("dtype=bf16", "compile=false", *settings)
+    arranged = settled(recipe, fsdp2, processes=2, on_gpu=True)
 
     assert work_of(arranged, training_arguments(arranged), fsdp2, 2).sharing.sums_late is late

@@ -184,6 +184,12 @@ class LetGo(nn.Module):
         raise RuntimeError("the base's own weights of a module that learns whole were let go")
 
 
+def saved_parameters(model: PeftModel) -> list[tuple[str, nn.Parameter]]:
+    """What an adapter is saved as: all that learns, and the rest of copies that learn in part."""
+    parameters = model.named_parameters()
+    return [(name, p) for name, p in parameters if p.requires_grad or COPY_MARK in name]
+
+
 def let_go_of_originals(model: nn.Module) -> None:
     """Free the weights of which `peft` keeps a copy that learns: training computes with the copy.
 

@@ -118,8 +118,11 @@ def _buckets(held: Census, work: Work) -> int:
     """Gradients on their way to the other processes.
 
     DDP keeps a second copy of all of them in its buckets; DeepSpeed fills one bucket while another
-    is reduced.
+    is reduced. Under ZeRO-3 one of them is there in its full size from the start.
     """
     if work.sharing.engine == "ddp":
         return held.all.learned_bytes
-    return 2 * min(work.sharing.bucket, held.all.learned) * work.compute.bytes
+    filled = 2 * min(work.sharing.bucket, held.all.learned)
+    if work.sharing.zero_stage == 3:
+        filled = max(filled, work.sharing.bucket)
+    return filled * work.compute.bytes

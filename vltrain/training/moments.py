@@ -1,8 +1,7 @@
 """The moments of a training step at which memory can be at its highest. Bytes of one process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from vltrain.models.sizes import HEAD_PIECE, Census, ModelSizes, Place
 from vltrain.training.activations import (
@@ -23,26 +22,7 @@ from vltrain.training.activations import (
     vision_passing,
 )
 from vltrain.training.optimizer_bytes import Optimizer
-
-EngineName = Literal["none", "ddp", "deepspeed", "fsdp2"]
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How processes share a model out."""
-
-    engine: EngineName = "none"
-    zero_stage: int = 0  # of DeepSpeed
-    processes: int = 1
-    offload_optimizer: bool = False  # to host memory
-    offload_weights: bool = False
-    bucket: int = 0  # numbers that DeepSpeed gathers before it reduces them
-    sums_late: bool = False  # FSDP2 has whole gradients up to the last batch of a step
-
-    def share(self, stage: int) -> int:
-        """By how much that is divided which ZeRO shares out from `stage` on (arXiv:1910.02054)."""
-        shared = self.engine == "fsdp2" or (self.engine == "deepspeed" and self.zero_stage >= stage)
-        return self.processes if shared else 1
+from vltrain.training.sharing import Sharing
 
 
 @dataclass(frozen=True)
@@ -63,7 +43,7 @@ class Work:
     compute: Compute
     optimizer: Optimizer
     accumulates: bool = True  # several micro-batches make a step: gradients are there from before
-    sharing: Sharing = Sharing()
+    sharing: Sharing = field(default_factory=Sharing)
     features: Features | None = None  # None: pictures come as pixels
 
 
@@ -142,8 +122,9 @@ class Step:
     def _gathered(self) -> int:
         """Shared-out weights that a process holds whole: those of a layer, and the next or head.
 
-        Under ZeRO-3 what a layer keeps that is neither compiled nor recomputed holds on to its
-        weights, by views of them; FSDP2 takes the memory itself back.
+        ZeRO-3 goes ahead in whole matrices, the last of which may be the head's. Under it what a
+        layer keeps that is neither compiled nor recomputed holds on to its weights, by views of
+        them; FSDP2 takes the memory itself back.
         """
         if self.work.sharing.share(3) == 1:
             return 0
@@ -152,7 +133,9 @@ class Step:
             return self.computed.all.total * compute.bytes
         layer = self.computed.at("layers").total // self.sizes.decoder.layers
         head = self.sizes.decoder.vocabulary * self.sizes.decoder.width
-        return self.work.compute.bytes * (layer + max(layer, head))
+        sharing = self.work.sharing
+        there = max(layer, min(layer + sharing.ahead, sharing.most_ahead))
+        return compute.bytes * min(there + max(layer, head), self.computed.all.total)
 
     @property
     def _alone(self) -> bool:
@@ -301,12 +284,15 @@ class Step:
         """The decoder's last layer, when all activations are there; its first, with all gradients.
 
         Beside a layer's copies there is the gradient of its largest matrix, as it is computed and,
-        where that is narrower, in the weight's dtype.
+        where that is narrower, in the weight's dtype; under ZeRO-3, which takes those of a layer
+        together, of all.
         """
         d, compute = self.sizes.decoder, self.work.compute
         layer = decoder_layer(self.sizes, self.computed, self.batch, compute)
         here = layer.working + round(layer.kept * self._anew)
         largest = d.width * max(3 * d.attention_width, d.mlp_width)
+        if self.work.sharing.zero_stage == 3:
+            largest = self.computed.at("layers").learned // d.layers
         rest = self._fresh_gradient("layers", largest) + self._gathered
         one_layer = self._made_in_layers // d.layers
         last = rest + max(one_layer, self._decoder_copies)

@@ -21,9 +21,10 @@ from vltrain.data.mixing import Mix
 from vltrain.data.packing import PackedDataset
 from vltrain.data.step_rows import StepRows
 from vltrain.data.streaming import SampleStream
-from vltrain.models.adapters import let_go_of_originals
+from vltrain.models.adapters import let_go_of_originals, saved_parameters
 from vltrain.models.layer_runs import LayerRuns, arrange_layers
 from vltrain.models.learned_vocabulary import add_in_place
+from vltrain.models.shares import whole_tensors
 from vltrain.training.callbacks import WholeGradients
 from vltrain.training.engines import NO_ENGINE, Engine, fsdp2_precision, refuse_other_engine
 from vltrain.training.epoch_order import EpochOrder, row_order, sample_order, step_order
@@ -290,6 +291,14 @@ class Trainer(ResumableTrainer):
         metrics = super().evaluate(*args, **kwargs)
         self._counted_since += time.perf_counter() - started  # no training step ran meanwhile
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers`, which under ZeRO-3 forgets what rests of copies that learn in part."""
+        if self._engine.zero_stage != 3 or not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        saved = saved_parameters(self.model)
+        self._save(output_dir, whole_tensors(saved, keep=self.args.should_save))
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None

@@ -1,7 +1,8 @@
 """Layers as what ZeRO-3 gathers and gives back: all weights of one at once, around its forward.
 
 By itself it does so module by module, several hundred times in a forward: the host cannot keep up,
-and no layer can be compiled, for the gathering is within it.
+and no layer can be compiled, for the gathering is within it. So it is where a run leaves its layers
+to transformers.
 """
 
 from typing import Any

@@ -1,8 +1,7 @@
 """What a run will take of a GPU's memory, shown before it starts; what cannot fit is refused."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +30,9 @@ from vltrain.training.memory import (
     estimate,
     largest_batch,
 )
-from vltrain.training.moments import Sharing, Work
+from vltrain.training.moments import Work
 from vltrain.training.optimizer_bytes import Optimizer
+from vltrain.training.sharing import sharing_of
 from vltrain.workflows.prepare import layer_runs_of
 from vltrain.workflows.run_data import Halves, Packer
 
@@ -185,24 +185,6 @@ def load_of(census: Census, recipe: Recipe) -> Load:
     weights = census.all
     width = DTYPES[run_dtype(recipe)].itemsize
     return Load(weights.learned, weights.total - weights.learned, width)
-
-
-def sharing_of(engine: Engine, processes: int) -> Sharing:
-    """How an engine shares a model out; "auto" in DeepSpeed's settings counts as nothing."""
-    zero = (engine.config or {}).get("zero_optimization", {})
-    bucket = zero.get("reduce_bucket_size", 0)
-    return Sharing(
-        engine.name,
-        zero_stage=engine.zero_stage or 0,
-        processes=processes,
-        offload_optimizer=_offloads(zero, "offload_optimizer"),
-        offload_weights=_offloads(zero, "offload_param"),
-        bucket=bucket if isinstance(bucket, int) else 0,
-    )
-
-
-def _offloads(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
 
 
 def largest_batch_of(

@@ -52,8 +52,11 @@ def settled(
     if compiled == "auto":
         known = there and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
         compiled = known and (on_gpu is not None or _compiles_here())
-    keeps = there and (compiled or engine.zero_stage != 3)  # what is kept holds on to its weights
-    memory = recipe.memory if keeps or recipe.memory != "auto" else None
+    memory = recipe.memory
+    if memory == "auto" and not there:
+        memory = None
+    elif memory == "auto" and engine.zero_stage == 3 and not compiled:
+        memory = "lean"  # what such layers keep holds on to their weights
     settled_layers = replace(recipe, compile=compiled, memory=memory)
     # A file of DeepSpeed's that says what a step is would contradict one that is packed.
     said = any(isinstance((engine.config or {}).get(key), int) for key in STEP_SIZES)

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vltrain.config import Recipe
 from vltrain.data.collation import Collator, collate_rows
-from vltrain.models.adapters import COPY_MARK, count_parts, learns_to_see
+from vltrain.models.adapters import count_parts, learns_to_see, saved_parameters
 from vltrain.models.family import Family
 from vltrain.models.fingerprint import weights_hash
 from vltrain.models.hub import fetch_weights
@@ -314,10 +314,9 @@ def final_tensors(
     checkpoint's dtype and by its published names. What did not learn is the base's to the bit: a
     run in a narrower dtype has rounded it, so it is read again then.
     """
+    if isinstance(model, PeftModel):
+        return whole_tensors(saved_parameters(model), keep=is_first())
     parameters = list(model.named_parameters())
-    if isinstance(model, PeftModel):  # of a copy that learns in part, all is saved
-        own = [(name, p) for name, p in parameters if p.requires_grad or COPY_MARK in name]
-        return whole_tensors(own, keep=is_first())
     learned = [(name, p) for name, p in parameters if p.requires_grad]
     dtype = checkpoint_dtype(base.folder)
     rounded = DTYPES[run_dtype(recipe)] not in (dtype, torch.float32)
