@@ -115,7 +115,14 @@ def test_compiled_layers_teach_what_plain_ones_teach(kernel, runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kept", "recompute_every"), [(1.0, 0), (0.5, 0), (0.0, 0), (1.0, 1), (0.5, 2)]
+    ("kept", "recompute_every"),
+    [
+        (1.0, 0),
+        (0.5, 0),
+        pytest.param(0.0, 0, marks=pytest.mark.matrix),
+        pytest.param(1.0, 1, marks=pytest.mark.matrix),
+        pytest.param(0.5, 2, marks=pytest.mark.matrix),
+    ],
 )
 def test_gradients_of_compiled_layers_are_those_of_the_mask_that_made_the_loss(
     kernel, kept, recompute_every
@@ -141,6 +148,7 @@ def test_gradients_of_compiled_layers_are_those_of_the_mask_that_made_the_loss(
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_with_dropout_compiled_layers_teach_the_same_whatever_they_keep(kernel):
     model = adapted_model(dropout=0.5)
     arrange_layers(model, LayerRuns(compiled=True, backend="eager"))  # autograd's own way back
