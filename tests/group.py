@@ -20,7 +20,8 @@ def start_group(
     processes: int, *words: str | Path, gpus: bool = False, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node PROCESSES WORDS`, run to its end; on the CPU without `gpus`."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command.append(f"--nproc-per-node={processes}")
     return subprocess.run(
         [*command, *map(str, words)],
         capture_output=True,

@@ -206,3 +206,14 @@ def test_between_layers_of_fsdp2_nothing_is_rounded():
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
     assert policy.output_dtype is None
     assert policy.cast_forward_inputs is False
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [({}, False), ({"memory_efficient_linear": True}, True)]
+)
+def test_linear_layers_stay_torchs_own_under_zero3_unless_a_file_says_otherwise(said, found):
+    engine = Engine("deepspeed", "", {"zero_optimization": {"stage": 3, **said}})
+
+    settings = engines.engine_settings(engine)["deepspeed"]["zero_optimization"]
+    assert settings["memory_efficient_linear"] is found
+    assert engine.wraps_linear is found

@@ -57,6 +57,14 @@ def test_compiled_layers_are_recomputed_where_the_trainers_section_says_so(recom
     assert training_arguments(compiled).to_dict()["gradient_checkpointing"] is False
 
 
+def test_linear_layers_that_deepspeed_replaces_are_not_compiled():
+    zero = {"stage": 3, "memory_efficient_linear": True}
+    engine = Engine("deepspeed", "asked for", {"zero_optimization": zero})
+
+    with pytest.raises(VltrainError, match="memory_efficient_linear would be compiled"):
+        layer_runs_of(recipe_of("compile=true"), engine)
+
+
 def test_compiled_layers_of_four_bits_are_recomputed_from_outside():
     lean = recipe_of("compile=true", "memory=lean", method="qlora")
 

@@ -76,6 +76,13 @@ def test_a_file_of_deepspeeds_that_says_what_a_step_is_is_taken_at_its_word():
     assert on_gpu(engine=auto).data.packing is True
 
 
+def test_a_file_of_deepspeeds_that_replaces_linear_layers_is_not_compiled():
+    zero = {"stage": 3, "memory_efficient_linear": True}
+    engine = Engine("deepspeed", "asked for", {"zero_optimization": zero})
+
+    assert ways_of(on_gpu(engine=engine)) == (False, "lean", True, 8)
+
+
 def test_rows_of_a_length_that_is_given_are_packed_under_neftune_too():
     settings = ("trainer.neftune_noise_alpha=5.0", "data.row_tokens=4096")
 

@@ -53,6 +53,14 @@ class Engine:
         return self.name == "fsdp2" or self.zero_stage == 3
 
     @property
+    def wraps_linear(self) -> bool:
+        """Whether DeepSpeed is told to put a function of its own in the place of `F.linear`, which
+        would be compiled anew for each layer. By itself it does so under ZeRO-3, see
+        `engine_settings`."""
+        zero = (self.config or {}).get("zero_optimization", {})
+        return self.zero_stage == 3 and bool(zero.get("memory_efficient_linear"))
+
+    @property
     def leaves_model_as_it_is(self) -> bool:
         """Whether parameters, gradients and optimizer are torch's own, whole in each process."""
         return self.name in ("none", "ddp")
@@ -248,7 +256,10 @@ def engine_settings(engine: Engine) -> dict[str, Any]:
         # Every module that learns runs in every batch, so nothing has to be searched for.
         return {"ddp_find_unused_parameters": False}
     if engine.name == "deepspeed":
-        return {"deepspeed": copy.deepcopy(dict(engine.config or {}))}
+        config = copy.deepcopy(dict(engine.config or {}))
+        if engine.zero_stage == 3:
+            config["zero_optimization"].setdefault("memory_efficient_linear", False)
+        return {"deepspeed": config}
     if engine.name == "fsdp2":
         layers = list(engine.layers)
         return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layers}}

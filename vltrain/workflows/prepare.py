@@ -101,7 +101,7 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
     compiled = recipe.compile
     assert compiled != "auto", "settled before"
     if compiled:
-        refuse_uncompilable()
+        refuse_uncompilable(engine)
     runs = LayerRuns(compiled=compiled, gathered=engine.shards_weights)
     if isinstance(recipe.memory, float):
         if not compiled:  # nothing can leave out a part of a layer: all of it is
@@ -116,8 +116,14 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
     return replace(runs, recompute_every=1)
 
 
-def refuse_uncompilable() -> None:
+def refuse_uncompilable(engine: Engine) -> None:
     """Raise VltrainError where layers cannot be compiled."""
+    if engine.wraps_linear:
+        raise VltrainError.at(
+            "compile",
+            what="the DeepSpeed file's memory_efficient_linear would be compiled for each layer",
+            fix="take it out of the file, or set compile: false",
+        )
     if not has_compiler():
         raise VltrainError.at(
             "compile",

@@ -51,6 +51,7 @@ def settled(
     compiled = recipe.compile
     if compiled == "auto":
         known = there and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
+        known = known and not engine.wraps_linear
         compiled = known and (on_gpu is not None or _compiles_here())
     memory = recipe.memory
     if memory == "auto" and not there:
