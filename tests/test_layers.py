@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "vltrain"
 
 # From what is below to what is above; floors in one row do not know each other.
 FLOORS = (
-    ("errors",),
+    ("errors", "cores"),
     ("recipe_yaml", "recipe_types", "hub_names"),
     ("method_config", "data_config"),
     ("trainer_config",),

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainingArguments
 
 from vltrain.config import Recipe, load_recipe
+from vltrain.training import arguments
 from vltrain.training.arguments import (
     _implied_copies,
     loading_workers,
@@ -100,7 +101,7 @@ def test_beside_a_gpu_processes_open_pictures_as_far_as_there_are_cores(
     monkeypatch, gpu, cores, processes, trainer, workers
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(arguments, "usable_cores", lambda: cores)
     for key, value in (("LOCAL_RANK", 0), ("WORLD_SIZE", processes)):
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))

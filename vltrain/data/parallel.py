@@ -1,11 +1,12 @@
 """One function over many values, in worker processes, with results in the values' order."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from typing import Any, TypeVar
+
+from vltrain.cores import usable_cores
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -20,7 +21,7 @@ _work: Callable[[Any], Any]  # in a worker process: what it does with a chunk
 
 def worker_count() -> int:
     """Processes to work in on this machine."""
-    return min(os.cpu_count() or 1, MOST_WORKERS)
+    return min(usable_cores(), MOST_WORKERS)
 
 
 def map_chunks(

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from vltrain.config import Recipe, unknown_key
+from vltrain.cores import usable_cores
 from vltrain.errors import VltrainError
 from vltrain.models.loading import DTYPES, dtype_for_machine
 from vltrain.training.engines import NO_ENGINE, Engine, engine_settings
@@ -119,7 +120,7 @@ def loading_workers(trainer: Mapping[str, Any]) -> int:
     On a CPU none: they would take the cores from training.
     """
     _, among = local_share()
-    spare = min(LOADING_WORKERS, (os.cpu_count() or 1) // among - 1)
+    spare = min(LOADING_WORKERS, usable_cores() // among - 1)
     implied = max(spare, 0) if torch.cuda.is_available() else 0
     return int(trainer.get("dataloader_num_workers", implied))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from vltrain.cores import usable_cores
 from vltrain.errors import Stopped, VltrainError
 from vltrain.training.machines import Machines
 from vltrain.training.processes import EXIT_CODE_FILE, started_by_torchrun
@@ -62,7 +63,7 @@ def launch(processes: int, words: Sequence[str], machines: Machines | None = Non
 
     machines = machines or Machines()
     machines.refuse_unknown_name()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     _quiet_torchrun()
     # Said outright, or torchrun would take them from the environment.
     flags = [f"--rdzv-id={uuid.uuid4()}"] if machines.count == 1 else ["--rdzv-id=none"]
