@@ -70,6 +70,8 @@ MEMBER = """
 import sys, time
 from vltrain.training import processes
 processes.PATIENCE_SECONDS, processes.WATCH_SECONDS = 0.2, 0.05
+if sys.argv[1] == "leaves":
+    processes.WATCH_SECONDS = 0.0  # so that it is at the store when the process ends
 processes.watch_others()
 print("ready", flush=True)
 if sys.argv[1] == "fails":

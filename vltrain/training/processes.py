@@ -22,6 +22,7 @@ PATIENCE_SECONDS = 20.0  # torchrun ends the others of a machine within one
 WATCH_SECONDS = 1.0  # between two looks at whether another process has failed
 EXIT_CODE_FILE = "VLTRAIN_EXIT_CODE_FILE"  # where `vltrain --gpus` wants to be told the exit code
 _PARTED = threading.Event()  # set when this process has left the run in order
+WATCHER = "vltrain watches the other processes"  # the name of a thread
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: which signal a parent's death sends
 
 
@@ -99,6 +100,9 @@ def leave_group() -> None:
     if store is not None:
         store.set(_left_key(_rank()), "")
     _PARTED.set()
+    for thread in threading.enumerate():
+        if thread.name == WATCHER:  # an interpreter that ends while it asks the store would abort
+            thread.join(PATIENCE_SECONDS)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -144,7 +148,10 @@ def watch_others() -> None:
     store = run_store()
     if store is not None and process_count() > 1:
         store.set(_pid_key(_rank()), str(os.getpid()))
-        threading.Thread(target=_end_with_others, args=(store,), daemon=True).start()
+        watcher = threading.Thread(
+            target=_end_with_others, args=(store,), name=WATCHER, daemon=True
+        )
+        watcher.start()
 
 
 def _end_with_others(store: "TCPStore") -> None:
