@@ -101,7 +101,7 @@ def measure_speed(wanted: dict[str, Any]) -> dict[str, Any]:
         steps,
         1 if fast else wanted["accumulation"],
         gradient_checkpointing=not fast,
-        **engine_settings(engine),
+        **engine_settings(engine, compiled=fast),
     )
     base_model = random_model(arguments.device, toy=wanted["toy"])
     config = base_model.config

@@ -78,6 +78,7 @@ def run(folder: Path, base: Path, data: Path, engine: str, options: argparse.Nam
     )
     print(done.stdout)
     if done.returncode:
+        shutil.rmtree(out, ignore_errors=True)
         return {"engine": engine, "error": f"exit code {done.returncode}"}
     lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]

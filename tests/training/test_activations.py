@@ -68,6 +68,14 @@ def test_a_layer_that_learns_keeps_what_its_weights_read_as_well():
     assert decoder_layer(SIZES, LEARNING, BATCH, HALF).kept == 10 * (272 + 64 + 48 + 32)
 
 
+def test_a_frozen_layer_whose_linear_ones_keep_what_they_read_keeps_that_as_well():
+    keeping = replace(HALF, keeps_read=True)  # 272, and 2 x 2 x 8 and 2 x 16
+
+    assert decoder_layer(SIZES, RESTING, BATCH, keeping).kept == 10 * (272 + 32 + 32)
+    learning = decoder_layer(SIZES, LEARNING, BATCH, HALF).kept
+    assert decoder_layer(SIZES, LEARNING, BATCH, keeping).kept == learning
+
+
 def test_adapters_keep_what_they_read_its_mask_and_their_bottleneck():
     adapters = AdapterSizes(inputs=2 * 32, ranks=2 * 12, outputs=2 * 64, dropout=True)
     census = Census(RESTING.places, adapters)

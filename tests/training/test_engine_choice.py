@@ -209,11 +209,20 @@ def test_between_layers_of_fsdp2_nothing_is_rounded():
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [({}, False), ({"memory_efficient_linear": True}, True)]
+    ("said", "compiled", "found"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"memory_efficient_linear": True}, True, True),
+        ({"memory_efficient_linear": False}, False, False),
+    ],
 )
-def test_linear_layers_stay_torchs_own_under_zero3_unless_a_file_says_otherwise(said, found):
+def test_compiled_linear_layers_stay_torchs_own_under_zero3_unless_a_file_says_otherwise(
+    said, compiled, found
+):
     engine = Engine("deepspeed", "", {"zero_optimization": {"stage": 3, **said}})
 
-    settings = engines.engine_settings(engine)["deepspeed"]["zero_optimization"]
-    assert settings["memory_efficient_linear"] is found
-    assert engine.wraps_linear is found
+    settings = engines.engine_settings(engine, compiled=compiled)["deepspeed"]
+    assert settings["zero_optimization"]["memory_efficient_linear"] is found
+    assert engine.wraps_linear(compiled=compiled) is found
+    assert not Engine("fsdp2", "").wraps_linear(compiled=False)

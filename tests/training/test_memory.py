@@ -293,19 +293,6 @@ def test_a_bucket_of_zero3_is_there_whole():
     assert with_bucket - plain == 2 * 10**6
 
 
-def test_layers_that_keep_all_hold_on_to_their_weights_under_zero3_unless_compiled():
-    for engine, compiled, gathered in (
-        ("deepspeed", False, 2 * (2880 + 700)),
-        ("deepspeed", True, 2 * (640 + 800)),
-        ("fsdp2", False, 2 * (640 + 800)),
-    ):
-        work = shared(engine, stage=3 if engine == "deepspeed" else 0)
-        keeps = replace(work.compute, checkpointing=False, compiled=compiled)
-        work = replace(work, compute=keeps)
-        own = 2 * FULL.at("embeddings").learned
-        assert moment(FULL, work, "the embeddings, backward").copies == own + gathered
-
-
 def test_fsdp2_that_sums_late_has_whole_gradients():
     late = shared("fsdp2")
     late = replace(late, sharing=replace(late.sharing, sums_late=True))

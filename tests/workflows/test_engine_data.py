@@ -36,6 +36,7 @@ EPOCHS = ("trainer.max_steps=-1", "trainer.num_train_epochs=2", BY_ONE)
 PACKED = ("data.packing=true", "data.max_length=200")
 SAMPLES = (*PACKED, "batch.samples=4")  # in more rows than one for each process
 BF16 = ("dtype=bf16", "trainer.max_steps=2", BY_ONE)
+BESIDE = (*BF16, "freeze.vision=false", "lora.embeddings=true", "trainer.save_strategy=steps")
 ZERO2_FILE, ZERO3_FILE = (f"deepspeed={ORIGINAL}/ds_config_zero{stage}.json" for stage in (2, 3))
 
 
@@ -87,6 +88,8 @@ def two(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
         best(place, "full-zero3", BY_TWO, "deepspeed=zero3"),
         place.recipe("bf16-zero2", "lora", *BF16, "deepspeed=zero2"),
         place.recipe("bf16-zero3", "lora", *BF16, "deepspeed=zero3"),
+        place.recipe("beside-zero2", "lora", *BESIDE, "trainer.save_steps=1", "deepspeed=zero2"),
+        place.recipe("beside-zero3", "lora", *BESIDE, "trainer.save_steps=1", "deepspeed=zero3"),
     ]
     return run_together(2, runs, tmp_path_factory.mktemp("two"))
 
@@ -202,6 +205,23 @@ def test_an_adapter_learned_in_bf16_is_saved_from_deepspeeds_float32(place, two,
 
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert any((tensor != tensor.bfloat16()).any() for tensor in adapter.values())
+
+
+def test_in_bf16_whole_modules_learn_beside_adapters_under_zero3_as_under_zero2(place, two):
+    ours, theirs = (losses(place.runs / f"beside-zero{stage}") for stage in (3, 2))
+    assert len(ours) == 2
+    assert ours == pytest.approx(theirs, rel=1e-2)
+
+    saved = [
+        load_file(folder / "adapter_model.safetensors")
+        for run in (place.runs / f"beside-zero{stage}" for stage in (3, 2))
+        for folder in (run / "checkpoint-1", run / "final")
+    ]
+    assert all(tensors.keys() == saved[0].keys() for tensors in saved)
+    for final in saved[1::2]:  # what rests of the vision side is the base's, in 16 bits
+        learned = [final[name] for name in final if "lora_B" in name or "resblocks" in name]
+        assert {tensor.dtype for tensor in learned} == {torch.float32}
+        assert all(tensor.any() for tensor in learned)
 
 
 def test_two_processes_share_out_the_pictures_whose_features_they_make(place: Place, tmp_path):

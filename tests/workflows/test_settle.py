@@ -80,7 +80,7 @@ def test_a_file_of_deepspeeds_that_replaces_linear_layers_is_not_compiled():
     zero = {"stage": 3, "memory_efficient_linear": True}
     engine = Engine("deepspeed", "asked for", {"zero_optimization": zero})
 
-    assert ways_of(on_gpu(engine=engine)) == (False, "lean", True, 8)
+    assert ways_of(on_gpu(engine=engine)) == (False, "auto", True, 8)
 
 
 def test_rows_of_a_length_that_is_given_are_packed_under_neftune_too():
@@ -96,11 +96,10 @@ def test_on_cpus_a_run_is_as_plain_as_can_be():
     assert recipe.trainer["gradient_checkpointing"] is True
 
 
-def test_under_zero3_layers_that_are_not_compiled_are_all_recomputed():
-    there = settled(recipe_of(IN_BF16, "compile=false"), ZERO3, processes=2, on_gpu=True)
-    assert ways_of(there) == (False, "lean", True, 16)
+@pytest.mark.parametrize("engine", [ZERO3, FSDP2])
+def test_layers_that_are_not_compiled_run_by_the_memory_all_the_same(engine):
+    there = settled(recipe_of(IN_BF16, "compile=false"), engine, processes=2, on_gpu=True)
 
-    there = settled(recipe_of(IN_BF16, "compile=false"), FSDP2, processes=2, on_gpu=True)
     assert ways_of(there) == (False, "auto", True, 16)
 
 

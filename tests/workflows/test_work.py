@@ -77,6 +77,17 @@ def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
     assert work.compute.compiled is compiled
 
 
+@pytest.mark.parametrize(("compiled", "keeps"), [("true", False), ("false", True)])
+def test_linear_layers_of_zero3_keep_what_they_read_unless_compiled(monkeypatch, compiled, keeps):
+    monkeypatch.setattr(prepare, "has_compiler", lambda: True)
+    zero3 = Engine("deepspeed", "asked for", {"zero_optimization": {"stage": 3}})
+    arranged = settled(recipe_of(f"compile={compiled}"), zero3, processes=2, on_gpu=True)
+
+    work = work_of(arranged, training_arguments(arranged), zero3, 2)
+
+    assert work.compute.keeps_read is keeps
+
+
 @pytest.mark.parametrize(("settings", "late"), [((), False), (("data.packing=false",), True)])
 def test_fsdp2_sums_the_gradients_of_a_packed_step_row_by_row(settings, late):
     fsdp2 = Engine("fsdp2", "asked for")

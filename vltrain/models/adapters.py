@@ -77,11 +77,15 @@ def set_learned(model: PreTrainedModel, family: Family, freeze: FreezeConfig) ->
 def widen_learned(model: nn.Module) -> None:
     """Hold what learns in float32, whatever the checkpoint's dtype.
 
-    At a learning rate of 1e-5 most updates of a bfloat16 weight are lost in rounding. What
-    DeepSpeed has shared out is left alone: its optimizer keeps a float32 weight of its own.
+    At a learning rate of 1e-5 most updates of a bfloat16 weight are lost in rounding. Where
+    DeepSpeed has shared the model out, its optimizer keeps float32 weights of its own, and all
+    must be of one dtype: what has come to the model since is given that of the rest.
     """
+    shared = next((p for p in model.parameters() if is_zero3(p)), None)
     for parameter in model.parameters():
-        if parameter.requires_grad and not is_zero3(parameter):
+        if shared is not None and not is_zero3(parameter):
+            parameter.data = parameter.data.to(shared.dtype)
+        elif shared is None and parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 

@@ -44,6 +44,7 @@ class Compute:
 
     kept_share: float = 1.0  # of a layer that is not recomputed whole; the rest is, within it
     compiled: bool = False  # the decoder's layers
+    keeps_read: bool = False  # linear layers keep what they read, though they rest
     loss_kernels: bool = False  # of a GPU, in which the loss widens no logits in memory
 
     @property
@@ -123,11 +124,14 @@ def _plain_keeps(sizes: ModelSizes, census: Census, compute: Compute) -> int:
     - attention: rotated queries and keys (2cA), the projection whose view the values are (3cA),
       the output (cA), a float32 for each head; packed rows copy the values alone (cA);
     - the MLP: both halves and the gated one (3cM);
-    - where linear layers learn: what each reads (2cD and cM; the attention's output is there, and
-      autocast narrows what both halves of the MLP read once for each).
+    - where linear layers learn, or keep it all the same: what each reads (2cD and cM; the
+      attention's output is there, and autocast narrows what both halves of the MLP read once for
+      each).
     """
     d, c = sizes.decoder, compute.bytes
     token = 2 * FLOAT * (d.width + 1) + _attention_keeps(sizes, compute) + 3 * c * d.mlp_width
+    if compute.keeps_read and not census.at("layers").learned:
+        token += 2 * c * d.width + c * d.mlp_width
     if census.at("layers").learned:
         reads = 3 if c < FLOAT else 2
         token += 2 * FLOAT * d.width + reads * c * d.width + c * d.mlp_width

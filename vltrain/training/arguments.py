@@ -70,7 +70,8 @@ def training_arguments(recipe: Recipe, engine: Engine = NO_ENGINE) -> TrainingAr
     if recipe.arranges_layers:
         implied["ddp_find_unused_parameters"] = False
     trainer = recipe.trainer | ({"gradient_checkpointing": False} if recipe.arranges_layers else {})
-    settings = implied | _current_names(trainer, trainer_keys()) | engine_settings(engine)
+    settings = implied | _current_names(trainer, trainer_keys())
+    settings |= engine_settings(engine, compiled=recipe.compile is True)
     try:
         arguments = TrainingArguments(
             output_dir=str(recipe.output), remove_unused_columns=False, **settings

@@ -52,13 +52,15 @@ class Engine:
         """Whether every process has to run every module: each holds a share of its weights."""
         return self.name == "fsdp2" or self.zero_stage == 3
 
-    @property
-    def wraps_linear(self) -> bool:
-        """Whether DeepSpeed is told to put a function of its own in the place of `F.linear`, which
-        would be compiled anew for each layer. By itself it does so under ZeRO-3, see
-        `engine_settings`."""
+    def wraps_linear(self, *, compiled: bool) -> bool:
+        """Whether DeepSpeed puts a function of its own in the place of `F.linear`.
+
+        Under ZeRO-3 it does, so that nothing kept for the way back holds on to a weight; but the
+        function keeps what every layer reads, and would be compiled anew for each layer. Where
+        layers are compiled it is left out, if the file does not ask for it.
+        """
         zero = (self.config or {}).get("zero_optimization", {})
-        return self.zero_stage == 3 and bool(zero.get("memory_efficient_linear"))
+        return self.zero_stage == 3 and bool(zero.get("memory_efficient_linear", not compiled))
 
     @property
     def leaves_model_as_it_is(self) -> bool:
@@ -250,15 +252,20 @@ def _stage(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def engine_settings(engine: Engine) -> dict[str, Any]:
-    """What `TrainingArguments` have to be told for an engine."""
+def engine_settings(engine: Engine, *, compiled: bool = False) -> dict[str, Any]:
+    """What `TrainingArguments` have to be told for an engine.
+
+    Args:
+        compiled: whether the run compiles its layers.
+    """
     if engine.name == "ddp":
         # Every module that learns runs in every batch, so nothing has to be searched for.
         return {"ddp_find_unused_parameters": False}
     if engine.name == "deepspeed":
         config = copy.deepcopy(dict(engine.config or {}))
         if engine.zero_stage == 3:
-            config["zero_optimization"].setdefault("memory_efficient_linear", False)
+            wraps = engine.wraps_linear(compiled=compiled)
+            config["zero_optimization"]["memory_efficient_linear"] = wraps
         return {"deepspeed": config}
     if engine.name == "fsdp2":
         layers = list(engine.layers)

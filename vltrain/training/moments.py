@@ -122,15 +122,11 @@ class Step:
     def _gathered(self) -> int:
         """Shared-out weights that a process holds whole: those of a layer, and the next or head.
 
-        ZeRO-3 goes ahead in whole matrices, the last of which may be the head's. Under it what a
-        layer keeps that is neither compiled nor recomputed holds on to its weights, by views of
-        them; FSDP2 takes the memory itself back.
+        ZeRO-3 goes ahead in whole matrices, the last of which may be the head's.
         """
         if self.work.sharing.share(3) == 1:
             return 0
         compute = self.work.compute
-        if self.work.sharing.zero_stage == 3 and not (compute.compiled or compute.checkpointing):
-            return self.computed.all.total * compute.bytes
         layer = self.computed.at("layers").total // self.sizes.decoder.layers
         head = self.sizes.decoder.vocabulary * self.sizes.decoder.width
         sharing = self.work.sharing

@@ -299,6 +299,8 @@ class Trainer(ResumableTrainer):
             return
         saved = saved_parameters(self.model)
         self._save(output_dir, whole_tensors(saved, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None

@@ -107,6 +107,7 @@ def work_of(
         checkpointing=checkpointing,
         kept_share=1.0 if layers is None else layers.kept,
         compiled=layers is not None and layers.compiled and recipe.method != "qlora",
+        keeps_read=engine.wraps_linear(compiled=recipe.compile is True),
         loss_kernels=gpus_have_kernels(),
     )
     optimizer = Optimizer(str(getattr(arguments.optim, "value", arguments.optim)))

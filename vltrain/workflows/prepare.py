@@ -118,7 +118,7 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
 
 def refuse_uncompilable(engine: Engine) -> None:
     """Raise VltrainError where layers cannot be compiled."""
-    if engine.wraps_linear:
+    if engine.wraps_linear(compiled=True):
         raise VltrainError.at(
             "compile",
             what="the DeepSpeed file's memory_efficient_linear would be compiled for each layer",

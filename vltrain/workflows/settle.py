@@ -51,13 +51,9 @@ def settled(
     compiled = recipe.compile
     if compiled == "auto":
         known = there and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
-        known = known and not engine.wraps_linear
+        known = known and not engine.wraps_linear(compiled=True)
         compiled = known and (on_gpu is not None or _compiles_here())
-    memory = recipe.memory
-    if memory == "auto" and not there:
-        memory = None
-    elif memory == "auto" and engine.zero_stage == 3 and not compiled:
-        memory = "lean"  # what such layers keep holds on to their weights
+    memory = recipe.memory if there or recipe.memory != "auto" else None
     settled_layers = replace(recipe, compile=compiled, memory=memory)
     # A file of DeepSpeed's that says what a step is would contradict one that is packed.
     said = any(isinstance((engine.config or {}).get(key), int) for key in STEP_SIZES)
