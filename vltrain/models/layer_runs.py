@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -67,6 +67,18 @@ def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
     return list(stacks.values())
 
 
+def learns(layer: nn.Module) -> bool:
+    """Whether anything in a layer does."""
+    return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def let_gradients_in(hidden_states: Tensor) -> Tensor:
+    """A layer's input, whose gradient the way back makes where there is one."""
+    if torch.is_grad_enabled() and not hidden_states.requires_grad:
+        return hidden_states.detach().requires_grad_()
+    return hidden_states
+
+
 class _Forward:
     """The `forward` of one layer, in the place of its class's."""
 
@@ -77,7 +89,7 @@ class _Forward:
         self.recomputed = recomputed
         self.dropouts = [] if backend is None else hash_dropouts(layer)
         self.adapters = [] if backend is None else fold_adapters(layer)
-        self.learns = any(parameter.requires_grad for parameter in layer.parameters())
+        self.learns = learns(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer makes of its inputs."""
@@ -91,9 +103,8 @@ class _Forward:
         if self.backend is None:
             return self.plain(self.layer, *args, **kwargs)
         hidden_states, *others = args
-        if self.learns and torch.is_grad_enabled() and not hidden_states.requires_grad:
-            # The first layer's gradient is for nobody, but without it is another compilation.
-            hidden_states = hidden_states.detach().requires_grad_()
+        if self.learns:  # the first layer's is for nobody, but without it is another compilation
+            hidden_states = let_gradients_in(hidden_states)
         set_scales(self.adapters, hidden_states.device)
         if self.dropouts:
             draw_seeds(self.dropouts, hidden_states.device)

@@ -7,34 +7,32 @@ to transformers.
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from vltrain.models.layer_runs import stacks_of
+from vltrain.models.layer_runs import learns, let_gradients_in, stacks_of
 
 
 def gather_by_layers(model: nn.Module) -> None:
     """Have ZeRO-3 gather layer by layer; before it takes the model over.
 
     Args:
-        model: with adapters or without; its layers are those of `layer_runs`.
+        model: with adapters or without, and gradients on what learns; its layers are those of
+            `layer_runs`.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     for layers in stacks_of(model):
         for layer in layers:
             set_z3_leaf_module(layer, True)
-            layer.register_forward_pre_hook(_let_gradients_in)
+            if learns(layer):
+                layer.register_forward_pre_hook(_with_gradient)
 
 
-def _let_gradients_in(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Ask for the gradient of a layer's input where something in the layer learns.
+def _with_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Ask for the gradient of a layer's input.
 
     By that gradient ZeRO-3 tells that those of the layer's weights are there. Without it, as in the
     first layer above embeddings that rest, it would take them before they are computed, as zeros.
     """
     hidden_states, *others = inputs
-    learns = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
-    if not learns or hidden_states.requires_grad:
-        return None
-    return (hidden_states.detach().requires_grad_(), *others)
+    return (let_gradients_in(hidden_states), *others)
