@@ -100,8 +100,8 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
         return None
     compiled = recipe.compile
     assert compiled != "auto", "settled before"
-    if compiled:
-        refuse_uncompilable(engine)
+    if compiled and (fault := compiling_fault(engine)) is not None:
+        raise fault
     runs = LayerRuns(compiled=compiled, gathered=engine.shards_weights)
     if isinstance(recipe.memory, float):
         if not compiled:  # nothing can leave out a part of a layer: all of it is
@@ -116,20 +116,21 @@ def layer_runs_of(recipe: Recipe, engine: Engine) -> LayerRuns | None:
     return replace(runs, recompute_every=1)
 
 
-def refuse_uncompilable(engine: Engine) -> None:
-    """Raise VltrainError where layers cannot be compiled."""
+def compiling_fault(engine: Engine) -> VltrainError | None:
+    """Why layers cannot be compiled, as far as that is known before it is tried."""
     if engine.wraps_linear(compiled=True):
-        raise VltrainError.at(
+        return VltrainError.at(
             "compile",
             what="the DeepSpeed file's memory_efficient_linear would be compiled for each layer",
             fix="take it out of the file, or set compile: false",
         )
     if not has_compiler():
-        raise VltrainError.at(
+        return VltrainError.at(
             "compile",
             what="torch.compile needs a C++ compiler, and there is none",
             fix="install g++ or clang, or name one in CXX; or set compile: false",
         )
+    return None
 
 
 def has_compiler() -> bool:

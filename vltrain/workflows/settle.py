@@ -20,7 +20,7 @@ from vltrain.trainer_config import WHOLE_STEPS
 from vltrain.training.arguments import refuse_wrong_section, run_dtype
 from vltrain.training.engines import Engine
 from vltrain.training.processes import is_first, local_share
-from vltrain.workflows.prepare import has_compiler
+from vltrain.workflows.prepare import compiling_fault
 from vltrain.workflows.run_data import Halves, wide_row
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def settled(
     there = there and not recipe.trainer.get("use_cpu", False)
     compiled = recipe.compile
     if compiled == "auto":
-        known = there and recipe.method != "qlora" and not _is_dora(recipe) and has_compiler()
-        known = known and not engine.wraps_linear(compiled=True)
+        known = there and recipe.method != "qlora" and not _is_dora(recipe)
+        known = known and compiling_fault(engine) is None
         compiled = known and (on_gpu is not None or _compiles_here())
     memory = recipe.memory if there or recipe.memory != "auto" else None
     settled_layers = replace(recipe, compile=compiled, memory=memory)
