@@ -130,11 +130,11 @@ def _plain_keeps(sizes: ModelSizes, census: Census, compute: Compute) -> int:
     """
     d, c = sizes.decoder, compute.bytes
     token = 2 * FLOAT * (d.width + 1) + _attention_keeps(sizes, compute) + 3 * c * d.mlp_width
-    if compute.keeps_read and not census.at("layers").learned:
-        token += 2 * c * d.width + c * d.mlp_width
     if census.at("layers").learned:
         reads = 3 if c < FLOAT else 2
         token += 2 * FLOAT * d.width + reads * c * d.width + c * d.mlp_width
+    elif compute.keeps_read:
+        token += 2 * c * d.width + c * d.mlp_width
     return token
 
 

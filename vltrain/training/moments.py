@@ -124,14 +124,14 @@ class Step:
 
         ZeRO-3 goes ahead in whole matrices, the last of which may be the head's.
         """
-        if self.work.sharing.share(3) == 1:
+        sharing = self.work.sharing
+        if sharing.share(3) == 1:
             return 0
-        compute = self.work.compute
         layer = self.computed.at("layers").total // self.sizes.decoder.layers
         head = self.sizes.decoder.vocabulary * self.sizes.decoder.width
-        sharing = self.work.sharing
         there = max(layer, min(layer + sharing.ahead, sharing.most_ahead))
-        return compute.bytes * min(there + max(layer, head), self.computed.all.total)
+        gathered = min(there + max(layer, head), self.computed.all.total)
+        return gathered * self.work.compute.bytes
 
     @property
     def _alone(self) -> bool:

@@ -31,22 +31,22 @@ def sharing_of(engine: Engine, processes: int) -> Sharing:
     """How an engine shares a model out, by DeepSpeed's defaults where its settings say nothing;
     "auto" in them counts as nothing."""
     zero = (engine.config or {}).get("zero_optimization", {})
-
-    def size(key: str, default: int) -> int:
-        said = zero.get(key, default)
-        of_this_stage = engine.zero_stage == 3 or (engine.zero_stage and "stage3" not in key)
-        return int(said) if of_this_stage and isinstance(said, int | float) else 0
-
+    stage = engine.zero_stage or 0
     return Sharing(
         engine.name,
-        zero_stage=engine.zero_stage or 0,
+        zero_stage=stage,
         processes=processes,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_weights=_offloads(zero, "offload_param"),
-        bucket=size("reduce_bucket_size", 5 * 10**8),
-        ahead=size("stage3_prefetch_bucket_size", 5 * 10**7),
-        most_ahead=size("stage3_max_live_parameters", 10**9),
+        bucket=_numbers(zero, "reduce_bucket_size", 5 * 10**8) if stage else 0,
+        ahead=_numbers(zero, "stage3_prefetch_bucket_size", 5 * 10**7) if stage == 3 else 0,
+        most_ahead=_numbers(zero, "stage3_max_live_parameters", 10**9) if stage == 3 else 0,
     )
+
+
+def _numbers(zero: Mapping[str, Any], key: str, default: int) -> int:
+    said = zero.get(key, default)
+    return int(said) if isinstance(said, int | float) else 0
 
 
 def _offloads(zero: Mapping[str, Any], key: str) -> bool:

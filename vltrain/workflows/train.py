@@ -59,10 +59,7 @@ from vltrain.workflows.guard import (
     samples_per_step,
 )
 from vltrain.workflows.loading_room import fit_workers
-from vltrain.workflows.memory import (
-    gpu_memory,
-    layers_of,
-)
+from vltrain.workflows.memory import gpu_memory, layers_of
 from vltrain.workflows.prepare import (
     decisions,
     hold_weights,
