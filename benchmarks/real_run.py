@@ -10,7 +10,6 @@ each of `--engines` runs it, one after the other. `--tiny` runs all of it on a C
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -61,8 +60,8 @@ def write_data(folder: Path, base: Path, tokens: int, count: int) -> Path:
 
 
 def run(folder: Path, base: Path, data: Path, engine: str, options: argparse.Namespace) -> dict:
-    """The command, and what its log says of its steps."""
-    out = folder / f"run-{engine}"
+    """The command, and what its log says of its steps; its run is left in the folder."""
+    out = folder / "run"
     chosen = [f"{key}={value}" for key, value in ENGINES.get(engine, {}).items()]
     settings = [f"trainer.max_steps={options.steps}", *chosen, *options.set]
     words = [options.method, "--model", base, "--data", data, "--output", out]
@@ -78,14 +77,12 @@ def run(folder: Path, base: Path, data: Path, engine: str, options: argparse.Nam
     )
     print(done.stdout)
     if done.returncode:
-        shutil.rmtree(out, ignore_errors=True)
         return {"engine": engine, "error": f"exit code {done.returncode}"}
     lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
     tokens = STEP_SAMPLES * options.gpus * options.tokens
     seconds = [tokens / row["tokens_per_second"] for row in rows]
     environment = json.loads((out / "environment.json").read_text())
-    shutil.rmtree(out)  # or the next may find no room
     return {
         "engine": engine,
         "gpus": options.gpus,
@@ -118,7 +115,8 @@ def main() -> None:
         count = STEP_SAMPLES * options.steps * options.gpus
         data = write_data(folder, base, options.tokens, count)
         for engine in options.engines:
-            tell(run(folder, base, data, engine, options), options.results)
+            with tempfile.TemporaryDirectory(dir=folder) as own:  # the next needs its room
+                tell(run(Path(own), base, data, engine, options), options.results)
 
 
 if __name__ == "__main__":
