@@ -8,7 +8,7 @@ from vltrain.config import Recipe, load_recipe
 from vltrain.errors import VltrainError
 
 
-def flags_only(*overrides: str, method: str = "lora") -> Recipe:
+def recipe_of(*overrides: str, method: str = "lora") -> Recipe:
     """The recipe of `vltrain METHOD --model base --data a.json --output runs/a --set …`."""
     return load_recipe(
         None,
@@ -23,7 +23,7 @@ def flags_only(*overrides: str, method: str = "lora") -> Recipe:
 def fault_of(*overrides: str, method: str = "lora") -> str:
     """What `vltrain` says to overrides that it refuses."""
     with pytest.raises(VltrainError) as error:
-        flags_only(*overrides, method=method)
+        recipe_of(*overrides, method=method)
     return str(error.value)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from recipe_files import SMALLEST, flags_only, from_file
+from recipe_files import SMALLEST, from_file, recipe_of
 
 from vltrain.config import (
     DataConfig,
@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_three_flags_are_a_whole_recipe():
-    recipe = flags_only()
+    recipe = recipe_of()
 
     assert recipe.model == "base"
     assert recipe.output == Path("runs/a")
@@ -32,7 +32,7 @@ def test_three_flags_are_a_whole_recipe():
 
 
 def test_lora_learns_at_1e_4_over_8_steps_and_full_at_1e_5_over_16():
-    lora, full = flags_only().trainer, flags_only(method="full").trainer
+    lora, full = recipe_of().trainer, recipe_of(method="full").trainer
 
     assert (lora["learning_rate"], lora["gradient_accumulation_steps"]) == (1e-4, 8)
     assert (full["learning_rate"], full["gradient_accumulation_steps"]) == (1e-5, 16)
@@ -54,14 +54,14 @@ def test_both_methods_have_the_originals_other_values():
     }
 
     for method in ("lora", "full"):
-        assert flags_only(method=method).trainer.items() >= expected.items()
+        assert recipe_of(method=method).trainer.items() >= expected.items()
 
 
 def test_evaluation_takes_batches_of_the_training_size():
-    two = flags_only("trainer.per_device_train_batch_size=2").trainer
-    other = flags_only("trainer.per_device_eval_batch_size=4").trainer
+    two = recipe_of("trainer.per_device_train_batch_size=2").trainer
+    other = recipe_of("trainer.per_device_eval_batch_size=4").trainer
 
-    assert flags_only().trainer["per_device_eval_batch_size"] == 1
+    assert recipe_of().trainer["per_device_eval_batch_size"] == 1
     assert two["per_device_eval_batch_size"] == 2
     assert other["per_device_eval_batch_size"] == 4
 
@@ -111,7 +111,7 @@ def test_a_section_whose_lines_are_all_comments_is_empty(tmp_path: Path):
     ],
 )
 def test_numbers_are_read_as_people_write_them(tmp_path: Path, written: str, number: float):
-    from_set = flags_only(f"trainer.learning_rate={written}")
+    from_set = recipe_of(f"trainer.learning_rate={written}")
     from_yaml = from_file(tmp_path, SMALLEST + f"trainer:\n  learning_rate: {written}\n")
 
     assert from_set.trainer["learning_rate"] == number
@@ -120,7 +120,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path, written: str, num
 
 @pytest.mark.parametrize("written", ["'1e-5'", "1e", "e5", "v1.2e3", "2026-11-25"])
 def test_what_is_no_number_stays_text(written: str):
-    assert flags_only(f"trainer.run_name={written}").trainer["run_name"] == written.strip("'")
+    assert recipe_of(f"trainer.run_name={written}").trainer["run_name"] == written.strip("'")
 
 
 def test_a_bare_no_is_the_strategy_of_that_name(tmp_path: Path):
@@ -130,18 +130,18 @@ def test_a_bare_no_is_the_strategy_of_that_name(tmp_path: Path):
 
 
 def test_set_reaches_into_sections_of_sections():
-    recipe = flags_only("trainer.lr_scheduler_kwargs.min_lr=1e-6")
+    recipe = recipe_of("trainer.lr_scheduler_kwargs.min_lr=1e-6")
 
     assert recipe.trainer["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
 
 
 def test_data_that_is_held_out_is_measured_after_each_epoch():
-    assert flags_only("data.eval_share=0.1").trainer["eval_strategy"] == "epoch"
-    assert "eval_strategy" not in flags_only().trainer
+    assert recipe_of("data.eval_share=0.1").trainer["eval_strategy"] == "epoch"
+    assert "eval_strategy" not in recipe_of().trainer
 
 
 def test_keeping_the_best_checkpoint_measures_with_every_checkpoint():
-    trainer = flags_only(
+    trainer = recipe_of(
         "data.eval_files=[b.json]", "trainer.load_best_model_at_end=true", "trainer.save_steps=50"
     ).trainer
 
@@ -162,7 +162,7 @@ def test_keeping_the_best_checkpoint_measures_with_every_checkpoint():
     ],
 )
 def test_a_written_recipe_loads_as_it_was(tmp_path: Path, overrides: tuple[str, ...]):
-    recipe = flags_only(*overrides)
+    recipe = recipe_of(*overrides)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
 
@@ -171,7 +171,7 @@ def test_a_written_recipe_loads_as_it_was(tmp_path: Path, overrides: tuple[str, 
 
 
 def test_a_written_full_recipe_loads_as_it_was(tmp_path: Path):
-    recipe = flags_only(method="full")
+    recipe = recipe_of(method="full")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
 
@@ -187,7 +187,7 @@ def test_every_recipe_of_the_repository_loads(path: Path):
 
 
 def test_each_methods_recipe_has_its_own_sections_and_no_others():
-    texts = {m: recipe_to_yaml(flags_only(method=m)) for m in ("full", "lora", "qlora")}
+    texts = {m: recipe_to_yaml(recipe_of(method=m)) for m in ("full", "lora", "qlora")}
 
     found = {
         method: [name for name in ("lora", "quantize", "full") if f"\n{name}:\n" in text]

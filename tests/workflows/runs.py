@@ -37,18 +37,6 @@ def quick(base: Path, data: Path, out: Path, *overrides: str, method: str = "lor
     )
 
 
-def recipe_of(*overrides: str, method: str = "lora") -> Recipe:
-    """A recipe that is looked at alone: no file of it is there."""
-    return load_recipe(
-        None,
-        method=method,
-        model="base",
-        data=[Path("a.json")],
-        output=Path("out"),
-        overrides=overrides,
-    )
-
-
 def run(recipe: Recipe) -> str:
     """Train; what was shown."""
     console = Console(file=io.StringIO(), width=200)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, quick, recipe_of, run, weights
+from recipe_files import recipe_of
+from runs import metrics, quick, run, weights
 from tiny import write_conversations, write_qwen_vl
 
 from vltrain.errors import VltrainError

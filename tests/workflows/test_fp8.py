@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from engine_place import losses, make_place, run_together
 from peft import LoraConfig
-from runs import metrics, quick, recipe_of, refused, run, weights
+from recipe_files import recipe_of
+from runs import metrics, quick, refused, run, weights
 from tiny import QWEN_VL_CONFIG, write_conversations, write_qwen_vl
 
 from vltrain.errors import VltrainError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import recipe_of
+from recipe_files import recipe_of
 
 from vltrain.config import FreezeConfig
 from vltrain.errors import VltrainError

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from runs import recipe_of
+from recipe_files import recipe_of
 
 from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.errors import VltrainError
 from vltrain.training.engines import NO_ENGINE, Engine
-from vltrain.workflows import settle
+from vltrain.workflows import prepare, settle
 from vltrain.workflows.run_data import Halves
 from vltrain.workflows.settle import (
     in_rows_of_at_most,
@@ -26,7 +26,7 @@ IN_BF16 = "dtype=bf16"
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch) -> None:
-    monkeypatch.setattr(settle, "has_compiler", lambda: True)
+    monkeypatch.setattr(prepare, "has_compiler", lambda: True)
 
 
 def on_gpu(*settings: str, method: str = "lora", engine: Engine = NO_ENGINE) -> Recipe:

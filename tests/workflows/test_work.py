@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from runs import recipe_of
+from recipe_files import recipe_of
 
 from vltrain.config import Recipe
 from vltrain.data.step_rows import StepRows
 from vltrain.training.arguments import training_arguments
 from vltrain.training.engines import NO_ENGINE, Engine
-from vltrain.workflows import prepare, settle
+from vltrain.workflows import prepare
 from vltrain.workflows.memory import work_of
 from vltrain.workflows.run_data import Halves
 from vltrain.workflows.settle import settled
@@ -68,8 +68,7 @@ def test_without_data_the_samples_of_a_step_are_as_long_as_they_may_be():
 def test_compiled_layers_count_as_such_but_for_those_of_4_bits(
     monkeypatch, settings: tuple[str, ...], method: str, compiled: bool
 ):
-    for module in (prepare, settle):
-        monkeypatch.setattr(module, "has_compiler", lambda: True)
+    monkeypatch.setattr(prepare, "has_compiler", lambda: True)
     arranged = settled(recipe_of(*settings, method=method), NO_ENGINE, on_gpu=True)
 
     work = work_of(arranged, training_arguments(arranged), NO_ENGINE, 1)
